@@ -1,0 +1,8 @@
+"""MRConvNeXt for timm: ConvNeXt with global multi-resolution convolutions. Importing it registers the models."""
+
+from .longconv import long_conv, long_conv_reference
+from .mrconv import MRConv1d, MRConv2d
+from .mrconvnext import MRConvNeXt
+
+__all__ = ["MRConv1d", "MRConv2d", "MRConvNeXt", "long_conv", "long_conv_reference"]
+__version__ = "0.1.0"

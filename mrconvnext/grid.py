@@ -1,0 +1,76 @@
+"""How an image becomes a sequence and back, and how a kernel moves to an image of another width.
+
+Rows are laid out one after the other, each followed by ``guard`` columns of zeros, so that a row takes
+``stride = width + guard`` positions and the tap (dr, dc) of a 2D kernel is the lag dr·stride + dc. A tap with
+|dc| ≤ guard then never reaches from one row into another. Seen this way a two-sided kernel is a map of lags
+(rows, stride), its rows ``stride`` lags long and centred on column 0.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_sequence(x: Tensor, guard: int) -> Tensor:
+    """Returns images (B, C, H, W) as sequences (B, C, H·(W + guard)), zeros in the guard columns."""
+    return F.pad(x, (0, guard)).flatten(2)
+
+
+def to_image(u: Tensor, height: int, guard: int) -> Tensor:
+    """Returns sequences (B, C, height·(W + guard)) as images (B, C, height, W): `to_sequence` undone."""
+    rows = u.unflatten(2, (height, u.shape[2] // height))
+    return rows[..., : rows.shape[3] - guard]
+
+
+def lag_map(kernel: Tensor, stride: int) -> Tensor:
+    """Returns a two-sided kernel (…, 2·M − 1) as rows of ``stride`` lags, (…, 2·R + 1, stride).
+
+    Row R holds the lags −(stride // 2) … stride − stride // 2 − 1; lags beyond the kernel's are zero.
+    """
+    reach = kernel.shape[-1] // 2
+    rows = (reach + stride // 2) // stride
+    before = rows * stride + stride // 2 - reach
+    after = (2 * rows + 1) * stride - kernel.shape[-1] - before
+    return F.pad(kernel, (before, after)).unflatten(-1, (2 * rows + 1, stride))
+
+
+def from_lag_map(lags: Tensor, stride: int) -> Tensor:
+    """Returns the two-sided kernel of a lag map (…, 2·R + 1, columns), its columns padded or cropped to ``stride``.
+
+    Column ``columns // 2`` of the map is dc = 0. No interpolation: the tap (dr, dc) becomes the lag dr·stride + dc.
+    """
+    columns = lags.shape[-1]
+    before = stride // 2 - columns // 2
+    kernel = F.pad(lags, (before, stride - columns - before)).flatten(-2)
+    # An even stride has one more column before the centre than behind it.
+    return F.pad(kernel, (0, 1 - stride % 2))
+
+
+def restride(kernel: Tensor, old: int, new: int) -> Tensor:
+    """Returns a two-sided kernel for images with row stride ``old`` as one for row stride ``new``.
+
+    Args:
+        kernel: Two-sided kernel (…, 2·M − 1).
+        old: Row stride that the kernel was made for.
+        new: Row stride of the image that it is to be used on.
+
+    Returns:
+        Two-sided kernel; its length is as the rows need.
+    """
+    if old == new:
+        return kernel
+    return from_lag_map(lag_map(kernel, old), new)
+
+
+def local_kernel(weight: Tensor, dilation: int, stride: int) -> Tensor:
+    """Returns the two-sided kernel (C, …) that acts as a zero-padded depthwise 2D convolution does.
+
+    Args:
+        weight: Weight (C, 1, k, k) of a depthwise ``Conv2d``, k odd.
+        dilation: Distance of its taps in pixels.
+        stride: Row stride, with a guard of at least ``dilation · (k // 2)`` columns.
+    """
+    taps = weight.squeeze(1).flip(1, 2)  # conv2d correlates, long_conv convolves
+    size = dilation * (weight.shape[-1] - 1) + 1
+    lags = taps.new_zeros((taps.shape[0], size, size))
+    lags[:, ::dilation, ::dilation] = taps
+    return from_lag_map(lags, stride)

@@ -1,0 +1,132 @@
+"""How a sequence is convolved with a long kernel: the FFT, its lengths and dtypes, and a direct reference.
+
+A kernel is two-sided: (…, C, 2·M − 1) holds the lags −(M − 1) … M − 1, lag 0 in the middle, and
+y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import at_least_float32
+
+
+def fft_length(length: int) -> int:
+    """Returns the smallest multiple of 16 that is at least ``length`` and has no prime factor above 7.
+
+    FFT libraries are fast at such lengths, and slow at lengths with large prime factors.
+    """
+    good = (length + 15) // 16 * 16
+    while not _is_smooth(good):
+        good += 16
+    return good
+
+
+def _is_smooth(n: int) -> bool:
+    for prime in (2, 3, 5, 7):
+        while n % prime == 0:
+            n = n // prime
+    return n == 1
+
+
+def crop_lags(kernel: Tensor, length: int) -> Tensor:
+    """Returns a two-sided kernel without the lags that a sequence of ``length`` has no two positions for."""
+    reach = kernel.shape[-1] // 2
+    keep = min(reach, length - 1)
+    return kernel[..., reach - keep : reach + keep + 1]
+
+
+def spectrum(x: Tensor, n: int) -> Tensor:
+    """Returns the one-sided spectrum (…, n // 2 + 1) of real ``x`` zero-padded to ``n``, computed in float32 or 64."""
+    return torch.fft.rfft(at_least_float32(x), n)
+
+
+def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
+    """Returns the convolution (…, length) of a sequence and a two-sided kernel, both given by their spectra.
+
+    Args:
+        u_spectrum: Spectrum of the sequence (…, C, length).
+        kernel_spectrum: Spectrum of the kernel (…, C, 2·reach + 1), its first lag at position 0.
+        n: FFT length of both, at least ``length + reach``: what wraps round then misses the positions returned.
+        reach: Largest lag of the kernel, at most ``length - 1``.
+        length: Length of the sequence.
+    """
+    return torch.fft.irfft(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
+
+
+def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
+    """Returns `apply_spectrum` for a kernel (…, C, 2·M − 1) that is not transformed yet."""
+    return apply_spectrum(u_spectrum, spectrum(kernel, n), n, kernel.shape[-1] // 2, length)
+
+
+def conv_length(length: int, kernel: Tensor) -> int:
+    """Returns the FFT length for the convolution of a sequence of ``length`` with a two-sided kernel."""
+    return fft_length(length + kernel.shape[-1] // 2)
+
+
+def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
+    """Returns y[t] = Σ_s kernel[t − s] · u[s] for every position t of ``u``, by FFT.
+
+    Computed in float32 (float64 if ``u`` is), whatever autocast says. Leading dimensions broadcast.
+
+    Args:
+        u: Sequences (B, C, L).
+        kernel: Two-sided kernel (C, 2·M − 1), lag 0 in the middle. M and L are independent.
+
+    Returns:
+        Sequences (B, C, L) of ``u``'s dtype.
+
+    Raises:
+        ValueError: If the kernel's length is even, so that it has no middle.
+    """
+    if kernel.shape[-1] % 2 == 0:
+        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
+    length = u.shape[-1]
+    kernel = crop_lags(kernel, length)
+    n = conv_length(length, kernel)
+    return convolve_spectrum(spectrum(u, n), kernel, n, length).to(u.dtype)
+
+
+def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
+    """Returns what `long_conv` returns, by the direct sum: the definition, in O(L·M) time and memory.
+
+    Args:
+        u: Sequences (B, C, L).
+        kernel: Two-sided kernel (C, 2·M − 1), lag 0 in the middle.
+
+    Returns:
+        Sequences (B, C, L).
+    """
+    reach = kernel.shape[-1] // 2
+    windows = F.pad(u, (reach, reach)).unfold(-1, kernel.shape[-1], 1)  # (B, C, L, 2M − 1): u[t − reach … t + reach]
+    return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
+
+
+def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
+    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length).
+
+    Args:
+        u_spectrum: Spectrum (B, C, n // 2 + 1) of the sequences (B, C, length).
+        n: FFT length, at least ``2·length − 1``.
+        length: Length of the sequences.
+    """
+    power = torch.view_as_real(u_spectrum).square().sum(dim=(0, 3))
+    return torch.fft.irfft(power, n)[..., :length]
+
+
+def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
+    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution, without convolving, (C).
+
+    The energy is the product of two autocorrelations, Σ_lag r[lag] · a[lag], r the sequences' and a the kernel's.
+    a comes from an FFT no longer than the kernel needs.
+
+    Args:
+        correlation: Autocorrelation r of the sequences, lags 0 … L − 1, (C, L); see `autocorrelation`.
+        kernel: Two-sided kernel (C, 2·M − 1).
+    """
+    taps = kernel.shape[-1]
+    lags = min(taps, correlation.shape[-1])
+    n = fft_length(taps + lags - 1)
+    products = autocorrelation(spectrum(kernel, n).unsqueeze(0), n, lags) * correlation[..., :lags]
+    # Both are even in the lag; rounding may take a sum that is all cancellation below zero.
+    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0)

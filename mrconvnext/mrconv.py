@@ -1,0 +1,661 @@
+"""The layers: `MRConv1d` for sequences and `MRConv2d` for images.
+
+A layer has two forms. In its training form several branches of doubling length, each normalised and weighted by
+``alpha``, are added (MRConv, Cunningham et al. 2024, section 3). `reparameterize` folds them, and the local taps of
+`MRConv2d`, into the deployed form: one kernel and one bias.
+"""
+
+import copy
+import itertools
+import math
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .grid import local_kernel, restride, to_image, to_sequence
+from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, merge_kernels
+from .longconv import (
+    apply_spectrum,
+    autocorrelation,
+    conv_length,
+    convolve_spectrum,
+    crop_lags,
+    fft_length,
+    long_conv,
+    response_energy,
+    spectrum,
+)
+
+BRANCH_NORMS = ("batch", "parseval")
+
+_seeds = itertools.count()
+
+# While FX traces, these take sizes and dtypes that are known only when the traced model runs.
+for _name in (
+    "add_kernels",
+    "at_least_float32",
+    "autocorrelation",
+    "conv_length",
+    "convolve_spectrum",
+    "crop_lags",
+    "fft_length",
+    "local_kernel",
+    "long_conv",
+    "merge_kernels",
+    "response_energy",
+    "restride",
+    "spectrum",
+    "to_image",
+    "to_sequence",
+):
+    torch.fx.wrap(_name)
+
+
+def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: int = 5) -> list[int]:
+    """Returns the lengths of a layer's branches: l_0, 2·l_0, 4·l_0, …, the last one ``length``.
+
+    With the defaults these are the paper's lengths at 224 px (MRConv, appendix D.6), where the grid has no guard.
+
+    Args:
+        length: Length L of the sequence in positions.
+        min_length: Length l_0 of the shortest branch, 1 … L. Default: ``min(L, max(28, L // 16))``.
+        max_branches: Largest number of branches, at least 1.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    if min_length is None:
+        min_length = min(length, max(28, length // 16))
+    if not 1 <= min_length <= length:
+        raise ValueError(f"min_length must be from 1 to the sequence's length {length}, got {min_length}")
+    if max_branches < 1:
+        raise ValueError(f"max_branches must be at least 1, got {max_branches}")
+    branches = min(max_branches, round(math.log2(length / min_length)) + 1)
+    return [min_length * 2**i for i in range(branches - 1)] + [length]
+
+
+def norm_affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns a normalisation with fixed statistics as (gain, shift): norm(c) = gain · c + shift."""
+    gain = weight * (variance + eps).rsqrt()
+    return gain, bias - gain * mean
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes, whose gradient is the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _AllReduce.apply(grad.contiguous())
+
+
+@torch.fx.wrap
+def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
+    """Returns the sum of ``x`` over all processes if ``sync`` is set and there are several, else ``x``."""
+    if not torch.jit.is_scripting():
+        if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return _AllReduce.apply(x)
+    return x
+
+
+@torch.fx.wrap
+def channel_sums(x: Tensor) -> Tensor:
+    """Returns Σ x of every channel of ``x`` (B, C, …), then the number of values in each, (C + 1)."""
+    values = x.transpose(0, 1).flatten(1)
+    return torch.cat([values.sum(1), values.new_full((1,), values.shape[1])])
+
+
+def kernel_sums(kernels: list[Tensor]) -> Tensor:
+    """Returns the sum over lags of every kernel, (kernels, C): what a branch makes of a constant 1."""
+    return torch.stack([kernel.sum(-1) for kernel in kernels])
+
+
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """Returns images ``y`` (B, C, H, W) with a bias (C) added."""
+    return y + at_least_float32(bias).unsqueeze(-1).unsqueeze(-1)
+
+
+@torch.fx.wrap
+def _track_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor,
+    momentum: float,
+) -> Tensor:
+    """Moves the running statistics towards the batch's as ``nn.BatchNorm1d`` does; returns ``mean``.
+
+    The return value ties the update into an FX graph, which drops calls whose result nobody uses.
+    """
+    if not torch.jit.is_scripting():
+        # Gradient checkpointing recomputes the forward pass inside the backward pass: the batch was counted already.
+        if torch._C._current_graph_task_id() != -1:
+            return mean
+    with torch.no_grad():
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        num_batches_tracked.add_(1)
+    return mean
+
+
+class ParsevalNorm(nn.Module):
+    """Normalises the branches of a layer by statistics that are known before any branch is convolved.
+
+    The variance of a branch is the one that its kernel would give a stationary signal with the batch's
+    autocovariance: by Parseval's theorem a product of spectra, summed. So the branches' scales are known while they
+    are still kernels, and all of them merge into one convolution in training too. Parameters, running statistics
+    and momentum are those of ``nn.BatchNorm1d``, for all branches at once.
+
+    Args:
+        branches: Number of branches N.
+        channels: Number of channels C.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, branches: int, channels: int, eps: float = 1e-5, momentum: float = 0.1, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(branches, channels, **dd))
+        self.bias = nn.Parameter(torch.zeros(branches, channels, **dd))
+        self.register_buffer("running_mean", torch.zeros(branches, channels, **dd))
+        self.register_buffer("running_var", torch.ones(branches, channels, **dd))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+
+    def forward(self, mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the branches' gain and shift (N, C) by the statistics of a batch, and tracks these.
+
+        Args:
+            mean: Mean of every branch's output (N, C).
+            variance: Variance of every branch's output (N, C), biased.
+            count: Number of pixels (0-dimensional) that the statistics are taken over.
+        """
+        mean = _track_statistics(
+            self.running_mean, self.running_var, self.num_batches_tracked, mean, variance, count, self.momentum
+        )
+        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return norm_affine(mean, variance, weight, bias, self.eps)
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Returns the branches' gain and shift (N, C) by the running statistics."""
+        return norm_affine(
+            at_least_float32(self.running_mean),
+            at_least_float32(self.running_var),
+            at_least_float32(self.weight),
+            at_least_float32(self.bias),
+            self.eps,
+        )
+
+
+@torch.fx.wrap
+def check_input(x: Tensor, channels: int, dims: int) -> None:
+    """Raises if ``x`` is not a floating-point tensor (B, channels, …) of ``dims`` dimensions."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.dim() != dims or x.shape[1] != channels:
+        raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
+
+
+def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
+    if layer.inference_mode:
+        layer.reparameterize()
+
+
+class MRConv2d(nn.Module):
+    """A depthwise convolution over the whole image: several long kernels over its pixels in sequence, and k×k taps.
+
+    A drop-in for ``Conv2d(channels, channels, kernel_size, padding="same", dilation=dilation, groups=channels)``,
+    whose ``weight`` and ``bias`` it keeps: with ``alpha`` zero it computes what that convolution computes. Images may
+    have any height and width. Source: MRConv (Cunningham et al. 2024), sections 3 and 5.4; two-sided kernels, guard
+    columns (see `grid`), local taps and the "parseval" norm are ours. ``kernel_size=0, bidirectional=False`` is the
+    paper's layer.
+
+    The layer takes the form, training or deployed, of the state dict that it is given, unless ``inference_mode`` is
+    set: then it always ends deployed. A change of form makes new parameters, which an optimizer made before does not
+    know. The deployed form keeps the kernel's spectrum of the last two image sizes while gradients are off; changes
+    to the kernel through ``.data`` go unseen by it.
+
+    Args:
+        channels: Number of channels C.
+        grid: Height and width of the reference grid that the kernels are made for, in pixels; each at least
+            ``dilation * (kernel_size // 2) + 1``.
+        kernel_size: Size k of the local taps, odd; 0 for none.
+        dilation: Distance of the local taps in pixels.
+        bias: Whether the local taps have a bias.
+        kernel: Parameterization of the branches, one of `kernels.KERNELS`.
+        min_length: Length of the shortest branch in positions; see `branch_lengths`.
+        max_branches: Largest number of branches.
+        bidirectional: Whether branches reach to positions ahead as well, with a kernel for each direction.
+        branch_norm: "batch", the paper's: a convolution and an ``nn.BatchNorm1d`` for each branch; or "parseval":
+            one convolution in all, see `ParsevalNorm`.
+        sync_norm: Whether "parseval" takes its statistics over all processes. For "batch", convert with
+            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+        modes: Fourier modes a kernel. The paper does not state it.
+        taps: Dilated or sparse taps a kernel. The paper does not state it.
+        alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
+        seed: Seed of the sparse lags. Default: the number of layers made before in this process.
+        inference_mode: Whether the layer is deployed from the start.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If an argument is unknown or outside its range.
+    """
+
+    # TorchScript would take it for an attribute of one fixed type.
+    __jit_ignored_attributes__ = ["_cache"]
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        kernel_size: int = 7,
+        dilation: int = 1,
+        bias: bool = True,
+        kernel: str = "fourier_sparse",
+        min_length: Optional[int] = None,
+        max_branches: int = 5,
+        bidirectional: bool = True,
+        branch_norm: str = "batch",
+        sync_norm: bool = False,
+        modes: int = 16,
+        taps: int = 16,
+        alpha_init: Optional[float] = None,
+        seed: Optional[int] = None,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if kernel_size != 0 and kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, or 0 for no local taps, got {kernel_size}")
+        self.guard = dilation * (kernel_size // 2)
+        if min(grid) < self.guard + 1:
+            raise ValueError(f"grid must be at least {self.guard + 1} on each side to hold the taps, got {grid}")
+        if branch_norm not in BRANCH_NORMS:
+            raise ValueError(f"branch_norm must be one of {', '.join(BRANCH_NORMS)}, got {branch_norm!r}")
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.has_bias = bias and kernel_size > 0
+        self.reference_grid = tuple(grid)
+        self.row_stride = grid[1] + self.guard
+        self.branch_lengths = branch_lengths(grid[0] * self.row_stride, min_length, max_branches)
+        self.kernel_kind = kernel
+        self.bidirectional = bidirectional
+        self.branch_norm = branch_norm
+        self.sync_norm = sync_norm
+        self.modes = modes
+        self.taps = taps
+        self.alpha_init = 1 / len(self.branch_lengths) if alpha_init is None else alpha_init
+        self.seed = next(_seeds) if seed is None else seed
+        self.inference_mode = inference_mode
+        self._cache: dict[tuple[int, int], tuple] = {}
+
+        self.register_buffer("grid", torch.tensor([*grid, self.guard], device=device))
+        self.register_buffer("lengths", None)
+        for name in ("kernel", "weight", "bias", "alpha"):
+            self.register_parameter(name, None)
+        for name in ("branches", "norms", "norm"):
+            self.register_module(name, None)
+        self._build_branches(device, dtype)
+        self.register_load_state_dict_post_hook(_reparameterize_after_load)
+        if inference_mode:
+            self.reparameterize()
+
+    def extra_repr(self) -> str:
+        form = "deployed" if self.branches is None else f"branches={self.branch_lengths}, norm={self.branch_norm}"
+        return f"{self.channels}, grid={self.reference_grid}, kernel_size={self.kernel_size}, {form}"
+
+    # The two forms
+
+    def _build_branches(self, device, dtype) -> None:
+        """Gives the layer its training form, its parameters as at the start."""
+        dd = {"device": device, "dtype": dtype}
+        channels, branches = self.channels, len(self.branch_lengths)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+
+        def one_sided(length: int) -> nn.Module:
+            return create_kernel(self.kernel_kind, channels, length, self.modes, self.taps, generator, **dd)
+
+        self.kernel = None
+        self.branches = nn.ModuleList(
+            TwoSidedKernel(one_sided(length), one_sided(length) if self.bidirectional else None)
+            for length in self.branch_lengths
+        )
+        if self.branch_norm == "batch":
+            self.norms = nn.ModuleList(nn.BatchNorm1d(channels, **dd) for _ in self.branch_lengths)
+        else:
+            self.norm = ParsevalNorm(branches, channels, **dd)
+        self.alpha = nn.Parameter(torch.full((branches, channels), float(self.alpha_init), **dd))
+        self.lengths = torch.tensor(self.branch_lengths, device=device)
+        self.bias = nn.Parameter(torch.zeros(channels, **dd)) if self.has_bias else None
+        if self.kernel_size > 0:
+            self.weight = nn.Parameter(torch.empty(channels, 1, self.kernel_size, self.kernel_size, **dd))
+            nn.init.trunc_normal_(self.weight, std=0.02)  # as ConvNeXt's
+
+    def _build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
+        """Gives the layer its deployed form."""
+        requires_grad = self.alpha.requires_grad
+        self.branches = self.norms = self.norm = self.alpha = self.weight = self.lengths = None
+        self.kernel = nn.Parameter(kernel, requires_grad)
+        self.bias = nn.Parameter(bias, requires_grad)
+
+    def branch_kernels(self) -> list[Tensor]:
+        """Returns the branches' two-sided kernels (C, 2·l_i − 1) as parameterized: before norm and α.
+
+        Raises:
+            RuntimeError: If the layer is deployed, its branches gone.
+        """
+        if self.branches is None:
+            raise RuntimeError("a deployed layer has no branches: call branch_kernels() before reparameterize()")
+        return [branch() for branch in self.branches]
+
+    @torch.no_grad()
+    def merged_kernel(self) -> tuple[Tensor, Tensor]:
+        """Returns the kernel (C, 2·M − 1) and bias (C) that the layer equals in eval mode, folded in float64.
+
+        They act on the reference grid laid out by `grid.to_sequence`, M its number of positions.
+        """
+        if self.kernel is not None:
+            return self.kernel.detach().clone(), self.bias.detach().clone()
+        layer = copy.deepcopy(self).double()
+        if layer.norm is not None:
+            gain, shift = layer.norm.running()
+        else:
+            affine = [norm_affine(n.running_mean, n.running_var, n.weight, n.bias, n.eps) for n in layer.norms]
+            gain, shift = (torch.stack(values) for values in zip(*affine))
+        kernel, bias = layer._merge(layer.branch_kernels(), gain, shift, self.row_stride)
+        return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
+
+    def reparameterize(self) -> None:
+        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent."""
+        if self.kernel is None:
+            self._build_deployed(*self.merged_kernel())
+
+    # Forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output, of ``x``'s shape and dtype.
+
+        Args:
+            x: Floating-point images (B, C, H, W).
+
+        Raises:
+            TypeError: If ``x`` is not a floating-point tensor.
+            ValueError: If ``x`` has another number of dimensions or channels.
+        """
+        check_input(x, self.channels, 4)
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = at_least_float32(x)
+        if self.kernel is not None:
+            y = self._forward_deployed(x)
+        elif self.norm is not None:
+            y = self._forward_parseval(x)
+        else:
+            y = self._forward_batch(x)
+        return y.to(dtype)
+
+    def _forward_deployed(self, x: Tensor) -> Tensor:
+        u = to_sequence(x, self.guard)
+        stride = x.shape[3] + self.guard
+        if torch.jit.is_scripting():
+            y = long_conv(u, restride(self.kernel, self.row_stride, stride))
+        else:
+            y = self._long_conv_cached(u, stride)
+        return add_bias(to_image(y, x.shape[2], self.guard), self.bias)
+
+    def _forward_batch(self, x: Tensor) -> Tensor:
+        """The paper's form: a convolution and a BatchNorm for each branch."""
+        u = to_sequence(x, self.guard)
+        kernels = self._placed_kernels(u, x.shape[3])
+        n = conv_length(u.shape[2], kernels[len(kernels) - 1])
+        u_spectrum = spectrum(u, n)
+        y = torch.zeros_like(x)
+        if self.weight is not None:
+            local = crop_lags(local_kernel(self.weight, self.dilation, x.shape[3] + self.guard), u.shape[2])
+            y = to_image(convolve_spectrum(u_spectrum, local, n, u.shape[2]), x.shape[2], self.guard)
+        if self.bias is not None:
+            y = add_bias(y, self.bias)
+        for i, norm in enumerate(self.norms):
+            c = to_image(convolve_spectrum(u_spectrum, kernels[i], n, u.shape[2]), x.shape[2], self.guard)
+            c = norm(c.flatten(2).to(norm.weight.dtype)).reshape_as(x)
+            y = y + c * self.alpha[i].unsqueeze(-1).unsqueeze(-1)
+        return y
+
+    def _forward_parseval(self, x: Tensor) -> Tensor:
+        """One convolution for all branches, merged while they are kernels."""
+        if self.norm.training:
+            return self._forward_parseval_training(x)
+        u = to_sequence(x, self.guard)
+        gain, shift = self.norm.running()
+        kernel, bias = self._merge(self._placed_kernels(u, x.shape[3]), gain, shift, x.shape[3] + self.guard)
+        return add_bias(to_image(long_conv(u, kernel), x.shape[2], self.guard), bias)
+
+    def _forward_parseval_training(self, x: Tensor) -> Tensor:
+        # The mean of a feature map may lie far above its spread: take it out before anything is squared.
+        sums = sum_over_processes(channel_sums(x), self.sync_norm)
+        count = sums[-1]
+        mean = sums[:-1] / count
+        v = to_sequence(x - mean.unsqueeze(-1).unsqueeze(-1), self.guard)
+        length = v.shape[2]
+
+        kernels = self._placed_kernels(v, x.shape[3])
+        n = fft_length(2 * length - 1)
+        v_spectrum = spectrum(v, n)
+        correlation = autocorrelation(v_spectrum, n, length)
+        energy = torch.stack([response_energy(correlation, kernel) for kernel in kernels])
+        variance = sum_over_processes(energy, self.sync_norm) / count
+        gain, shift = self.norm(mean * kernel_sums(kernels), variance, count)
+
+        kernel, bias = self._merge(kernels, gain, shift, x.shape[3] + self.guard)
+        kernel = crop_lags(kernel, length)
+        y = to_image(convolve_spectrum(v_spectrum, kernel, n, length), x.shape[2], self.guard)
+        # What the mean gives: everywhere the same, but for the image's edges.
+        ones = to_sequence(torch.ones_like(x[:1, :1]), self.guard)
+        offset = to_image(long_conv(ones, kernel), x.shape[2], self.guard) * mean.unsqueeze(-1).unsqueeze(-1)
+        return add_bias(y + offset, bias)
+
+
+    def _placed_kernels(self, u: Tensor, width: int) -> list[Tensor]:
+        """Returns the branches' kernels for sequences like ``u`` from images of ``width`` columns."""
+        kernels: list[Tensor] = []
+        for branch in self.branches:
+            kernels.append(crop_lags(restride(branch(), self.row_stride, width + self.guard), u.shape[2]))
+        return kernels
+
+    def _merge(self, kernels: list[Tensor], gain: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        """Returns the kernel and bias (C) that normalised branches, α and local taps add up to.
+
+        Args:
+            kernels: The branches' kernels, for images of row stride ``stride``.
+            gain: Factor of every branch by its norm (N, C).
+            shift: Summand of every branch by its norm (N, C).
+            stride: Row stride of the images.
+        """
+        alpha = at_least_float32(self.alpha)
+        kernel = merge_kernels(kernels, alpha * gain)
+        if self.weight is not None:
+            kernel = add_kernels(kernel, local_kernel(at_least_float32(self.weight), self.dilation, stride))
+        bias = (alpha * shift).sum(0)
+        if self.bias is not None:
+            bias = bias + at_least_float32(self.bias)
+        return kernel, bias
+
+    # The deployed kernel's spectrum
+
+    def _long_conv_cached(self, u: Tensor, stride: int) -> Tensor:
+        """Returns ``long_conv(u, kernel)``, with the kernel's spectrum kept for the next call where that is safe."""
+        if not self._may_cache(u):
+            return long_conv(u, restride(self.kernel, self.row_stride, stride))
+        length = u.shape[2]
+        # An in-place update moves the version, a replaced tensor the identity or the address.
+        state = (self.kernel._version, self.kernel.data_ptr(), self.kernel.device, self.kernel.dtype)
+        entry = self._cache.pop((stride, length), None)
+        if entry is None or entry[0] is not self.kernel or entry[1] != state:
+            # An inference tensor could not be used outside inference mode later on.
+            with torch.inference_mode(False), torch.no_grad():
+                kernel = crop_lags(restride(self.kernel, self.row_stride, stride), length)
+                n = conv_length(length, kernel)
+                entry = (self.kernel, state, spectrum(kernel, n), n, kernel.shape[-1] // 2)
+        self._cache[stride, length] = entry
+        if len(self._cache) > 2:
+            del self._cache[next(iter(self._cache))]
+        _, _, kernel_spectrum, n, reach = entry
+        return apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, length)
+
+    def _may_cache(self, u: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(u) is not Tensor
+        substituted = not isinstance(self.kernel, nn.Parameter) or self.kernel.is_inference()
+        return not (torch.is_grad_enabled() or traced or substituted)
+
+    def train(self, mode: bool = True) -> "MRConv2d":
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> "MRConv2d":
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": {}}
+
+    # Loading
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        errors = self._reference_errors(state_dict, prefix)
+        if errors:
+            error_msgs.extend(errors)
+            return
+        self._take_form_of(state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _reference_errors(self, state_dict, prefix: str) -> list[str]:
+        """Returns what of the state dict's reference grid and branch lengths differs from the layer's."""
+        errors = []
+        for name, own in (("grid", [*self.reference_grid, self.guard]), ("lengths", self.branch_lengths)):
+            given = state_dict.get(prefix + name)
+            if given is not None and not given.is_meta and given.tolist() != own:
+                errors.append(
+                    f"{prefix}{name} is {given.tolist()} in the state dict and {own} in the layer; they must be equal. "
+                    "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
+                    "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
+                )
+        return errors
+
+    def _take_form_of(self, state_dict, prefix: str) -> None:
+        """Changes to the form, training or deployed, of the weights in a state dict."""
+        if prefix + "kernel" in state_dict and self.kernel is None:
+            length = 2 * self.reference_grid[0] * self.row_stride - 1
+            self._build_deployed(self.alpha.new_zeros(self.channels, length), self.alpha.new_zeros(self.channels))
+        elif prefix + "alpha" in state_dict and self.kernel is not None:
+            requires_grad = self.kernel.requires_grad
+            self._build_branches(self.kernel.device, self.kernel.dtype)
+            self.train(self.training).requires_grad_(requires_grad)
+
+
+class MRConv1d(MRConv2d):
+    """A depthwise convolution of sequences with several long kernels, each normalised and weighted.
+
+    The layer of MRConv (Cunningham et al. 2024, section 3), on (B, C, L): an image of one column, without local taps.
+    Sequences may have any length; the kernels keep theirs.
+
+    Args:
+        channels: Number of channels C.
+        length: Length of the longest branch in positions: the reference length.
+        kernel: See `MRConv2d`.
+        min_length: See `branch_lengths`.
+        max_branches: See `branch_lengths`.
+        bidirectional: Whether branches reach to positions ahead as well; else the layer is causal.
+        branch_norm: See `MRConv2d`, as for the arguments below.
+        sync_norm: Whether "parseval" takes its statistics over all processes.
+        modes: Fourier modes a kernel.
+        taps: Dilated or sparse taps a kernel.
+        alpha_init: Start of ``alpha``.
+        seed: Seed of the sparse lags.
+        inference_mode: Whether the layer is deployed from the start.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: If an argument is unknown or outside its range.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        length: int,
+        kernel: str = "fourier",
+        min_length: Optional[int] = None,
+        max_branches: int = 5,
+        bidirectional: bool = False,
+        branch_norm: str = "batch",
+        sync_norm: bool = False,
+        modes: int = 16,
+        taps: int = 16,
+        alpha_init: Optional[float] = None,
+        seed: Optional[int] = None,
+        inference_mode: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            channels,
+            (length, 1),
+            kernel_size=0,
+            kernel=kernel,
+            min_length=min_length,
+            max_branches=max_branches,
+            bidirectional=bidirectional,
+            branch_norm=branch_norm,
+            sync_norm=sync_norm,
+            modes=modes,
+            taps=taps,
+            alpha_init=alpha_init,
+            seed=seed,
+            inference_mode=inference_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the layer's output, of ``x``'s shape and dtype.
+
+        Args:
+            x: Floating-point sequences (B, C, L).
+
+        Raises:
+            TypeError: If ``x`` is not a floating-point tensor.
+            ValueError: If ``x`` has another number of dimensions or channels.
+        """
+        check_input(x, self.channels, 3)
+        return self._convolve(x.unsqueeze(-1)).squeeze(-1)
