@@ -19,6 +19,46 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
+# Each kernel is computed in one function of its parameters, which FX keeps as one node.
+
+
+@torch.fx.wrap
+def dilated_kernel(values: Tensor, length: int) -> Tensor:
+    """Returns the kernel (C, length) with ``values`` (C, taps) at evenly spaced lags."""
+    spacing = max(1, length // values.shape[1])
+    kernel = F.pad(at_least_float32(values).unsqueeze(-1), (0, spacing - 1)).flatten(1)
+    return F.pad(kernel, (0, length - kernel.shape[1]))
+
+
+@torch.fx.wrap
+def fourier_kernel(coefficients: Tensor, length: int) -> Tensor:
+    """Returns the kernel (C, length) with the lowest modes ``coefficients`` (C, modes, 2), by the unitary transform."""
+    return torch.fft.irfft(torch.view_as_complex(at_least_float32(coefficients)), n=length, norm="ortho")
+
+
+@torch.fx.wrap
+def sparse_kernel(values: Tensor, lags: Tensor, length: int) -> Tensor:
+    """Returns the kernel (C, length) with ``values`` (C, taps) at ``lags`` (C, taps), all different."""
+    values = at_least_float32(values)
+    return values.new_zeros((values.shape[0], length)).scatter(1, lags.to(torch.int64), values)
+
+
+@torch.fx.wrap
+def rescaled(values: Tensor, scale: Tensor) -> Tensor:
+    """Returns parameters ``values`` (C, …) times a scale (C)."""
+    return at_least_float32(values) * at_least_float32(scale).unflatten(0, [-1] + [1] * (values.dim() - 1))
+
+
+@torch.fx.wrap
+def two_sided_kernel(causal: Tensor, anticausal: Optional[Tensor]) -> Tensor:
+    """Returns the kernel (C, 2·length − 1) of two kernels (C, length), lag 0, where they add, in the middle."""
+    reach = causal.shape[-1] - 1
+    kernel = F.pad(causal, (reach, 0))
+    if anticausal is not None:
+        kernel = kernel + F.pad(anticausal.flip(-1), (0, reach))
+    return kernel
+
+
 class DilatedKernel(nn.Module):
     """A kernel with evenly spaced taps whose spacing grows with its length (MRConv, section 3: dilated).
 
@@ -33,15 +73,12 @@ class DilatedKernel(nn.Module):
     def __init__(self, channels: int, length: int, taps: int = 16, device=None, dtype=None) -> None:
         super().__init__()
         self.length = length
-        self.spacing = max(1, length // taps)
         self.values = nn.Parameter(torch.empty(channels, taps, device=device, dtype=dtype))
         nn.init.normal_(self.values, std=min(taps, length) ** -0.5)
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, length)."""
-        values = at_least_float32(self.values)
-        kernel = F.pad(values.unsqueeze(-1), (0, self.spacing - 1)).flatten(1)
-        return F.pad(kernel, (0, self.length - self.values.shape[1] * self.spacing))
+        return dilated_kernel(self.values, self.length)
 
 
 class FourierKernel(nn.Module):
@@ -68,8 +105,7 @@ class FourierKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, length)."""
-        modes = torch.view_as_complex(at_least_float32(self.coefficients))
-        return torch.fft.irfft(modes, n=self.length, norm="ortho")
+        return fourier_kernel(self.coefficients, self.length)
 
 
 class SparseKernel(nn.Module):
@@ -109,8 +145,7 @@ class SparseKernel(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, length)."""
-        values = at_least_float32(self.values)
-        return values.new_zeros((self.values.shape[0], self.length)).scatter(1, self.lags.to(torch.int64), values)
+        return sparse_kernel(self.values, self.lags, self.length)
 
 
 class FourierSparseKernel(nn.Module):
@@ -140,12 +175,15 @@ class FourierSparseKernel(nn.Module):
         self.length = length
         self.fourier = FourierKernel(channels, length, modes, device=device, dtype=dtype)
         self.sparse = SparseKernel(channels, length, taps, generator, device=device, dtype=dtype)
-        self.scales = nn.Parameter(torch.full((2, channels, 1), 0.5**0.5, device=device, dtype=dtype))
+        self.fourier_scale = nn.Parameter(torch.full((channels,), 0.5**0.5, device=device, dtype=dtype))
+        self.sparse_scale = nn.Parameter(torch.full((channels,), 0.5**0.5, device=device, dtype=dtype))
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, length)."""
-        scales = at_least_float32(self.scales)
-        return scales[0] * self.fourier() + scales[1] * self.sparse()
+        # Both are linear in their parameters: scaling these, not the kernels, keeps no kernel for the backward pass.
+        coefficients = rescaled(self.fourier.coefficients, self.fourier_scale)
+        values = rescaled(self.sparse.values, self.sparse_scale)
+        return fourier_kernel(coefficients, self.length) + sparse_kernel(values, self.sparse.lags, self.length)
 
 
 KERNELS = ("fourier_sparse", "fourier", "dilated", "sparse")
@@ -203,14 +241,10 @@ class TwoSidedKernel(nn.Module):
         super().__init__()
         self.causal = causal
         self.anticausal = anticausal
-        self.reach = causal.length - 1
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, 2·length − 1), lag 0 in the middle, where both directions add."""
-        kernel = F.pad(self.causal(), (self.reach, 0))
-        if self.anticausal is not None:
-            kernel = kernel + F.pad(self.anticausal().flip(-1), (0, self.reach))
-        return kernel
+        return two_sided_kernel(self.causal(), None if self.anticausal is None else self.anticausal())
 
 
 def merge_kernels(kernels: list[Tensor], gains: Tensor) -> Tensor:
@@ -236,3 +270,8 @@ def add_kernels(a: Tensor, b: Tensor) -> Tensor:
     if grow >= 0:
         return F.pad(a, (grow, grow)) + b
     return a + F.pad(b, (-grow, -grow))
+
+
+def kernel_sums(kernels: list[Tensor]) -> Tensor:
+    """Returns the sum over the lags of every kernel (C, …), what it makes of a constant 1, (kernels, C)."""
+    return torch.stack([kernel.sum(-1) for kernel in kernels])

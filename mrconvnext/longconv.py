@@ -7,6 +7,7 @@ y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .kernels import at_least_float32
 
@@ -118,15 +119,60 @@ def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
     """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution, without convolving, (C).
 
     The energy is the product of two autocorrelations, Σ_lag r[lag] · a[lag], r the sequences' and a the kernel's.
-    a comes from an FFT no longer than the kernel needs.
+    a comes from an FFT no longer than the kernel needs. Only r and the kernel are kept for the backward pass: spectra
+    of all the branches would take as much memory as a small batch of images.
 
     Args:
         correlation: Autocorrelation r of the sequences, lags 0 … L − 1, (C, L); see `autocorrelation`.
         kernel: Two-sided kernel (C, 2·M − 1).
     """
+    if torch.jit.is_scripting():
+        return _response_energy(correlation, kernel)
+    return _ResponseEnergy.apply(correlation, kernel)
+
+
+def _response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
+    products = _kernel_autocorrelation(correlation, kernel)
+    products = products * correlation[..., : products.shape[-1]]
+    # Both are even in the lag; rounding may take a sum that is all cancellation below zero.
+    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0)
+
+
+def _kernel_autocorrelation(correlation: Tensor, kernel: Tensor) -> Tensor:
+    """Returns a[lag] for the lags from 0 that both autocorrelations have, (C, lags)."""
     taps = kernel.shape[-1]
     lags = min(taps, correlation.shape[-1])
     n = fft_length(taps + lags - 1)
-    products = autocorrelation(spectrum(kernel, n).unsqueeze(0), n, lags) * correlation[..., :lags]
-    # Both are even in the lag; rounding may take a sum that is all cancellation below zero.
-    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0)
+    return autocorrelation(spectrum(kernel, n).unsqueeze(0), n, lags)
+
+
+class _ResponseEnergy(torch.autograd.Function):
+    """`_response_energy`, a quadratic form Σ_s Σ_t k[s] · r[s − t] · k[t] in the kernel and linear in r."""
+
+    @staticmethod
+    def forward(ctx, correlation: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(correlation, kernel)
+        return _response_energy(correlation, kernel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        correlation, kernel = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        grad_kernel = 2 * grad * long_conv(kernel, torch.cat([correlation[..., 1:].flip(-1), correlation], -1))
+        grad_correlation = 2 * grad * _kernel_autocorrelation(correlation, kernel)
+        grad_correlation[..., 0] /= 2
+        return F.pad(grad_correlation, (0, correlation.shape[-1] - grad_correlation.shape[-1])), grad_kernel
+
+
+def branch_energies(u_spectrum: Tensor, kernels: list[Tensor], n: int, u: Tensor) -> Tensor:
+    """Returns the `response_energy` of every kernel to the sequences ``u`` with spectrum ``u_spectrum``, (kernels, C).
+
+    Args:
+        u_spectrum: Spectrum (B, C, n // 2 + 1) of ``u``.
+        kernels: Two-sided kernels (C, …).
+        n: FFT length, at least ``2·L − 1``.
+        u: Sequences (B, C, L).
+    """
+    correlation = autocorrelation(u_spectrum, n, u.shape[2])
+    return torch.stack([response_energy(correlation, kernel) for kernel in kernels])

@@ -15,16 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .grid import local_kernel, restride, to_image, to_sequence
-from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, merge_kernels
+from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
 from .longconv import (
     apply_spectrum,
-    autocorrelation,
+    branch_energies,
     conv_length,
     convolve_spectrum,
     crop_lags,
     fft_length,
     long_conv,
-    response_energy,
     spectrum,
 )
 
@@ -32,24 +31,8 @@ BRANCH_NORMS = ("batch", "parseval")
 
 _seeds = itertools.count()
 
-# While FX traces, these take sizes and dtypes that are known only when the traced model runs.
-for _name in (
-    "add_kernels",
-    "at_least_float32",
-    "autocorrelation",
-    "conv_length",
-    "convolve_spectrum",
-    "crop_lags",
-    "fft_length",
-    "local_kernel",
-    "long_conv",
-    "merge_kernels",
-    "response_energy",
-    "restride",
-    "spectrum",
-    "to_image",
-    "to_sequence",
-):
+# FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
+for _name in ("add_kernels", "at_least_float32", "branch_energies", "kernel_sums", "merge_kernels", "spectrum", "to_sequence"):
     torch.fx.wrap(_name)
 
 
@@ -112,16 +95,6 @@ def channel_sums(x: Tensor) -> Tensor:
     """Returns Σ x of every channel of ``x`` (B, C, …), then the number of values in each, (C + 1)."""
     values = x.transpose(0, 1).flatten(1)
     return torch.cat([values.sum(1), values.new_full((1,), values.shape[1])])
-
-
-def kernel_sums(kernels: list[Tensor]) -> Tensor:
-    """Returns the sum over lags of every kernel, (kernels, C): what a branch makes of a constant 1."""
-    return torch.stack([kernel.sum(-1) for kernel in kernels])
-
-
-def add_bias(y: Tensor, bias: Tensor) -> Tensor:
-    """Returns images ``y`` (B, C, H, W) with a bias (C) added."""
-    return y + at_least_float32(bias).unsqueeze(-1).unsqueeze(-1)
 
 
 @torch.fx.wrap
@@ -207,6 +180,51 @@ class ParsevalNorm(nn.Module):
             at_least_float32(self.bias),
             self.eps,
         )
+
+
+@torch.fx.wrap
+def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
+    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, without lags that no two pixels have."""
+    width = x.shape[3] + guard
+    return crop_lags(restride(kernel, row_stride, width), x.shape[2] * width)
+
+
+@torch.fx.wrap
+def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
+    """Returns the kernel of k×k taps (C, 1, k, k) for images like ``x``."""
+    width = x.shape[3] + guard
+    return crop_lags(local_kernel(at_least_float32(weight), dilation, width), x.shape[2] * width)
+
+
+@torch.fx.wrap
+def image_fft_length(x: Tensor, guard: int) -> int:
+    """Returns an FFT length for images like ``x`` and kernels of any reach."""
+    return fft_length(2 * x.shape[2] * (x.shape[3] + guard) - 1)
+
+
+@torch.fx.wrap
+def convolve_image(u_spectrum: Tensor, kernel: Tensor, n: int, x: Tensor, guard: int) -> Tensor:
+    """Returns the image, of ``x``'s size, that a kernel makes of the sequence with spectrum ``u_spectrum``."""
+    length = x.shape[2] * (x.shape[3] + guard)
+    return to_image(convolve_spectrum(u_spectrum, kernel, n, length), x.shape[2], guard)
+
+
+@torch.fx.wrap
+def long_conv_image(x: Tensor, kernel: Tensor, guard: int) -> Tensor:
+    """Returns images ``x`` convolved with a kernel that was placed for their size."""
+    return to_image(long_conv(to_sequence(x, guard), kernel), x.shape[2], guard)
+
+
+@torch.fx.wrap
+def scaled(y: Tensor, factor: Tensor) -> Tensor:
+    """Returns images ``y`` (B, C, H, W) times a factor (C)."""
+    return y * at_least_float32(factor).unsqueeze(-1).unsqueeze(-1)
+
+
+@torch.fx.wrap
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """Returns images ``y`` (B, C, H, W) plus a bias (C)."""
+    return y + at_least_float32(bias).unsqueeze(-1).unsqueeze(-1)
 
 
 @torch.fx.wrap
@@ -387,7 +405,8 @@ class MRConv2d(nn.Module):
         else:
             affine = [norm_affine(n.running_mean, n.running_var, n.weight, n.bias, n.eps) for n in layer.norms]
             gain, shift = (torch.stack(values) for values in zip(*affine))
-        kernel, bias = layer._merge(layer.branch_kernels(), gain, shift, self.row_stride)
+        reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
+        kernel, bias = layer._merge(layer.branch_kernels(), gain, shift, reference)
         return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
 
     def reparameterize(self) -> None:
@@ -422,86 +441,76 @@ class MRConv2d(nn.Module):
         return y.to(dtype)
 
     def _forward_deployed(self, x: Tensor) -> Tensor:
-        u = to_sequence(x, self.guard)
-        stride = x.shape[3] + self.guard
         if torch.jit.is_scripting():
-            y = long_conv(u, restride(self.kernel, self.row_stride, stride))
+            y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         else:
-            y = self._long_conv_cached(u, stride)
-        return add_bias(to_image(y, x.shape[2], self.guard), self.bias)
+            y = self._long_conv_cached(x)
+        return add_bias(y, self.bias)
 
     def _forward_batch(self, x: Tensor) -> Tensor:
         """The paper's form: a convolution and a BatchNorm for each branch."""
-        u = to_sequence(x, self.guard)
-        kernels = self._placed_kernels(u, x.shape[3])
-        n = conv_length(u.shape[2], kernels[len(kernels) - 1])
-        u_spectrum = spectrum(u, n)
+        n = image_fft_length(x, self.guard)
+        u_spectrum = spectrum(to_sequence(x, self.guard), n)
         y = torch.zeros_like(x)
         if self.weight is not None:
-            local = crop_lags(local_kernel(self.weight, self.dilation, x.shape[3] + self.guard), u.shape[2])
-            y = to_image(convolve_spectrum(u_spectrum, local, n, u.shape[2]), x.shape[2], self.guard)
+            y = convolve_image(u_spectrum, place_taps(self.weight, self.dilation, x, self.guard), n, x, self.guard)
         if self.bias is not None:
             y = add_bias(y, self.bias)
+        kernels = self._placed_kernels(x)
         for i, norm in enumerate(self.norms):
-            c = to_image(convolve_spectrum(u_spectrum, kernels[i], n, u.shape[2]), x.shape[2], self.guard)
-            c = norm(c.flatten(2).to(norm.weight.dtype)).reshape_as(x)
-            y = y + c * self.alpha[i].unsqueeze(-1).unsqueeze(-1)
+            c = convolve_image(u_spectrum, kernels[i], n, x, self.guard)
+            c = norm(c.flatten(2).to(self.alpha.dtype)).reshape_as(x)
+            y = y + scaled(c, self.alpha[i])
         return y
 
     def _forward_parseval(self, x: Tensor) -> Tensor:
         """One convolution for all branches, merged while they are kernels."""
         if self.norm.training:
             return self._forward_parseval_training(x)
-        u = to_sequence(x, self.guard)
         gain, shift = self.norm.running()
-        kernel, bias = self._merge(self._placed_kernels(u, x.shape[3]), gain, shift, x.shape[3] + self.guard)
-        return add_bias(to_image(long_conv(u, kernel), x.shape[2], self.guard), bias)
+        kernel, bias = self._merge(self._placed_kernels(x), gain, shift, x)
+        return add_bias(long_conv_image(x, kernel, self.guard), bias)
 
     def _forward_parseval_training(self, x: Tensor) -> Tensor:
         # The mean of a feature map may lie far above its spread: take it out before anything is squared.
         sums = sum_over_processes(channel_sums(x), self.sync_norm)
         count = sums[-1]
         mean = sums[:-1] / count
-        v = to_sequence(x - mean.unsqueeze(-1).unsqueeze(-1), self.guard)
-        length = v.shape[2]
-
-        kernels = self._placed_kernels(v, x.shape[3])
-        n = fft_length(2 * length - 1)
+        v = to_sequence(add_bias(x, -mean), self.guard)
+        n = image_fft_length(x, self.guard)
         v_spectrum = spectrum(v, n)
-        correlation = autocorrelation(v_spectrum, n, length)
-        energy = torch.stack([response_energy(correlation, kernel) for kernel in kernels])
-        variance = sum_over_processes(energy, self.sync_norm) / count
+
+        kernels = self._placed_kernels(x)
+        energies = branch_energies(v_spectrum, kernels, n, v)
+        variance = sum_over_processes(energies, self.sync_norm) / count
         gain, shift = self.norm(mean * kernel_sums(kernels), variance, count)
 
-        kernel, bias = self._merge(kernels, gain, shift, x.shape[3] + self.guard)
-        kernel = crop_lags(kernel, length)
-        y = to_image(convolve_spectrum(v_spectrum, kernel, n, length), x.shape[2], self.guard)
-        # What the mean gives: everywhere the same, but for the image's edges.
-        ones = to_sequence(torch.ones_like(x[:1, :1]), self.guard)
-        offset = to_image(long_conv(ones, kernel), x.shape[2], self.guard) * mean.unsqueeze(-1).unsqueeze(-1)
-        return add_bias(y + offset, bias)
+        kernel, bias = self._merge(kernels, gain, shift, x)
+        y = convolve_image(v_spectrum, kernel, n, x, self.guard)
+        # What the kernel makes of the mean: a constant, but for the image's edges.
+        constant = scaled(long_conv_image(torch.ones_like(x[:1, :1]), kernel, self.guard), mean)
+        return add_bias(y + constant, bias)
 
-
-    def _placed_kernels(self, u: Tensor, width: int) -> list[Tensor]:
-        """Returns the branches' kernels for sequences like ``u`` from images of ``width`` columns."""
+    def _placed_kernels(self, x: Tensor) -> list[Tensor]:
+        """Returns the branches' kernels for images like ``x``."""
         kernels: list[Tensor] = []
         for branch in self.branches:
-            kernels.append(crop_lags(restride(branch(), self.row_stride, width + self.guard), u.shape[2]))
+            kernels.append(place_kernel(branch(), self.row_stride, x, self.guard))
         return kernels
 
-    def _merge(self, kernels: list[Tensor], gain: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    def _merge(self, kernels: list[Tensor], gain: Tensor, shift: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the kernel and bias (C) that normalised branches, α and local taps add up to.
 
         Args:
-            kernels: The branches' kernels, for images of row stride ``stride``.
+            kernels: The branches' kernels, placed for images like ``x``.
             gain: Factor of every branch by its norm (N, C).
             shift: Summand of every branch by its norm (N, C).
-            stride: Row stride of the images.
+            x: Images (B, C, H, W).
         """
         alpha = at_least_float32(self.alpha)
         kernel = merge_kernels(kernels, alpha * gain)
         if self.weight is not None:
-            kernel = add_kernels(kernel, local_kernel(at_least_float32(self.weight), self.dilation, stride))
+            kernel = add_kernels(kernel, place_taps(self.weight, self.dilation, x, self.guard))
         bias = (alpha * shift).sum(0)
         if self.bias is not None:
             bias = bias + at_least_float32(self.bias)
@@ -509,28 +518,30 @@ class MRConv2d(nn.Module):
 
     # The deployed kernel's spectrum
 
-    def _long_conv_cached(self, u: Tensor, stride: int) -> Tensor:
-        """Returns ``long_conv(u, kernel)``, with the kernel's spectrum kept for the next call where that is safe."""
-        if not self._may_cache(u):
-            return long_conv(u, restride(self.kernel, self.row_stride, stride))
-        length = u.shape[2]
+    def _long_conv_cached(self, x: Tensor) -> Tensor:
+        """Returns the convolution with the kernel, whose spectrum is kept for the next call where that is safe."""
+        if not self._may_cache(x):
+            return long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
+        size = (x.shape[2], x.shape[3])
         # An in-place update moves the version, a replaced tensor the identity or the address.
         state = (self.kernel._version, self.kernel.data_ptr(), self.kernel.device, self.kernel.dtype)
-        entry = self._cache.pop((stride, length), None)
+        entry = self._cache.pop(size, None)
         if entry is None or entry[0] is not self.kernel or entry[1] != state:
             # An inference tensor could not be used outside inference mode later on.
             with torch.inference_mode(False), torch.no_grad():
-                kernel = crop_lags(restride(self.kernel, self.row_stride, stride), length)
-                n = conv_length(length, kernel)
+                kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
+                n = conv_length(size[0] * (size[1] + self.guard), kernel)
                 entry = (self.kernel, state, spectrum(kernel, n), n, kernel.shape[-1] // 2)
-        self._cache[stride, length] = entry
+        self._cache[size] = entry
         if len(self._cache) > 2:
             del self._cache[next(iter(self._cache))]
         _, _, kernel_spectrum, n, reach = entry
-        return apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, length)
+        u = to_sequence(x, self.guard)
+        y = apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, u.shape[2])
+        return to_image(y, size[0], self.guard)
 
-    def _may_cache(self, u: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(u) is not Tensor
+    def _may_cache(self, x: Tensor) -> bool:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
         substituted = not isinstance(self.kernel, nn.Parameter) or self.kernel.is_inference()
         return not (torch.is_grad_enabled() or traced or substituted)
 
