@@ -100,8 +100,11 @@ class FourierKernel(nn.Module):
         super().__init__()
         self.length = length
         self.coefficients = nn.Parameter(torch.empty(channels, modes, 2, device=device, dtype=dtype))
-        # Every mode but the constant one counts twice (conjugate symmetry) and has two parts.
-        nn.init.normal_(self.coefficients, std=(4 * min(modes, length // 2 + 1) - 3) ** -0.5)
+        # The energy is that of all modes: each has two parts and a conjugate, but for the constant and, where the
+        # length is even, the highest mode, which are real and alone.
+        used = min(modes, length // 2 + 1)
+        alone = 1 if 2 * (used - 1) < length else 2
+        nn.init.normal_(self.coefficients, std=(4 * (used - alone) + alone) ** -0.5)
 
     def forward(self) -> Tensor:
         """Returns the kernel (C, length)."""

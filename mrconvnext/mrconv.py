@@ -49,8 +49,6 @@ def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: 
     Raises:
         ValueError: If an argument is outside its range.
     """
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
     if min_length is None:
         min_length = min(length, max(28, length // 16))
     if not 1 <= min_length <= length:
@@ -307,7 +305,10 @@ class MRConv2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if kernel_size != 0 and kernel_size % 2 == 0:
+        for name, value in (("channels", channels), ("dilation", dilation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be odd, or 0 for no local taps, got {kernel_size}")
         self.guard = dilation * (kernel_size // 2)
         if min(grid) < self.guard + 1:
@@ -639,6 +640,8 @@ class MRConv1d(MRConv2d):
         device=None,
         dtype=None,
     ) -> None:
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
         super().__init__(
             channels,
             (length, 1),

@@ -1,0 +1,205 @@
+"""The norm that takes its statistics from the Fourier domain, against the definition: every branch convolved."""
+
+import copy
+import datetime
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers import assert_agree, randomize
+from torch import Tensor
+
+from mrconvnext import MRConv2d, long_conv_reference
+from mrconvnext.grid import to_image, to_sequence
+
+GRID = (9, 11)
+
+
+def parseval_layer(**options) -> MRConv2d:
+    torch.manual_seed(0)
+    layer = MRConv2d(3, GRID, **{"kernel_size": 3, "min_length": 28, "branch_norm": "parseval", "seed": 1, **options})
+    return randomize(layer).train()
+
+
+def explicit(layer: MRConv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the layer's output, branch means and branch variances in training, with every branch convolved."""
+    mean = x.mean((0, 2, 3))
+    v = to_sequence(x - mean[:, None, None], layer.guard)
+    y = F.conv2d(x, layer.weight, layer.bias, padding=1, groups=3)
+    means, variances = [], []
+    for i, kernel in enumerate(layer.branch_kernels()):
+        taps = kernel.shape[1]
+        response = long_conv_reference(F.pad(v, (taps, taps)), kernel)
+        variances.append(response.square().sum((0, 2)) / (x.numel() / 3))
+        means.append(mean * kernel.sum(1))
+        gain = layer.norm.weight[i] * (variances[i] + layer.norm.eps).rsqrt()
+        c = to_image(long_conv_reference(to_sequence(x, layer.guard), kernel), GRID[0], layer.guard)
+        c = gain[:, None, None] * (c - means[i][:, None, None]) + layer.norm.bias[i][:, None, None]
+        y = y + layer.alpha[i][:, None, None] * c
+    return y, torch.stack(means), torch.stack(variances)
+
+
+def smooth_images(spread_over_mean: float) -> Tensor:
+    noise = torch.randn(4, 3, 12, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    x = F.avg_pool2d(noise, 4, stride=1)
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    return x + spread_over_mean * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kernel", ["fourier_sparse", "dilated"])
+@pytest.mark.parametrize(("mean", "tolerance"), [(0, 1e-5), (10, 1e-5), (300, 1e-4)])
+def test_float32_equals_explicit_float64(mean: float, tolerance: float, kernel: str, bidirectional: bool) -> None:
+    """Variance, output, and the gradients of both for the input and every parameter."""
+    layer = parseval_layer(kernel=kernel, bidirectional=bidirectional)
+    layer.norm.momentum = 1.0
+    exact = copy.deepcopy(layer).double()
+    x = smooth_images(mean).float()
+    x64 = x.double().requires_grad_()
+    x.requires_grad_()
+    weights = torch.randn(4, 3, *GRID)
+
+    y, means, variances = explicit(exact, x64)
+    (y * weights).sum().backward()
+    (layer(x) * weights).sum().backward()
+
+    pixels = x.numel() // 3
+    assert_agree(layer.norm.running_var, variances * pixels / (pixels - 1), tolerance)
+    assert ((layer.norm.running_mean - means).abs() / variances.sqrt()).max() < tolerance
+    assert_agree(x.grad, x64.grad, tolerance)
+    for (name, actual), expected in zip(layer.named_parameters(), exact.parameters()):
+        error = (actual.grad - expected.grad).abs().max() / expected.grad.abs().max()
+        assert error < 10 * tolerance, f"{name}: {error:.1e}"
+
+
+def test_variance_alone_has_the_explicit_gradients() -> None:
+    layer = parseval_layer(dtype=torch.float64)
+    x = smooth_images(10).requires_grad_()
+    variance = {}
+    layer.norm.register_forward_pre_hook(lambda norm, inputs: variance.update(actual=inputs[1]))
+    layer(x)
+    inputs = [x, *layer.branches.parameters()]
+    expected = explicit(layer, x)[2]
+    assert_agree(variance["actual"], expected, 1e-12)
+    for actual, wanted in zip(
+        torch.autograd.grad(variance["actual"].log().sum(), inputs), torch.autograd.grad(expected.log().sum(), inputs)
+    ):
+        assert_agree(actual, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("n_extra", [1, 16, 61])
+def test_does_not_depend_on_the_fft_length(n_extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = parseval_layer(dtype=torch.float64)
+    x = smooth_images(1)
+    expected = layer(x)
+    statistics = layer.norm.running_var.clone()
+    layer = parseval_layer(dtype=torch.float64)
+    for module in ("mrconv", "longconv"):
+        monkeypatch.setattr(f"mrconvnext.{module}.fft_length", lambda length: length + n_extra)
+    assert_agree(layer(x), expected, 1e-12)
+    assert_agree(layer.norm.running_var, statistics, 1e-12)
+
+
+def test_training_output_is_the_folded_layer_with_the_batchs_statistics() -> None:
+    layer = parseval_layer(dtype=torch.float64)
+    layer.norm.momentum = 1.0
+    x = smooth_images(2)
+    y = layer(x)
+    with torch.no_grad():
+        pixels = x.numel() // 3
+        layer.norm.running_var.mul_((pixels - 1) / pixels)
+    layer.eval()
+    assert_agree(layer(x), y, 1e-12)
+    layer.reparameterize()
+    assert_agree(layer(x), y, 1e-12)
+
+
+def test_running_statistics_follow_batch_norm() -> None:
+    """A kernel of one tap makes a branch the input itself, for which nn.BatchNorm1d is the definition."""
+    options = dict(kernel="dilated", taps=1, bidirectional=False, max_branches=1, branch_norm="parseval")
+    layer = MRConv2d(3, (4, 5), kernel_size=0, **options)
+    torch.nn.init.ones_(layer.branches[0].causal.values)
+    batch_norm = torch.nn.BatchNorm1d(3)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 5) * 3 + 2
+        assert_agree(layer.train()(x), batch_norm(x.flatten(2)).view_as(x))
+    assert_agree(layer.norm.running_mean[0], batch_norm.running_mean)
+    assert_agree(layer.norm.running_var[0], batch_norm.running_var)
+    assert layer.norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (9, 11), (14, 5)])
+def test_works_at_batch_one(size: tuple[int, int]) -> None:
+    layer = parseval_layer()
+    y = layer(torch.randn(1, 3, *size))
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert all(b.isfinite().all() for b in layer.buffers())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None:
+    plain, checkpointed = parseval_layer(), parseval_layer()
+    x = torch.randn(2, 3, *GRID, requires_grad=True)
+    for _ in range(2):
+        plain(x).square().sum().backward()
+        y = torch.utils.checkpoint.checkpoint(checkpointed, x, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+    for (name, a), b in zip(plain.state_dict().items(), checkpointed.state_dict().values()):
+        assert torch.equal(a, b), name
+    for a, b in zip(plain.parameters(), checkpointed.parameters()):
+        assert_agree(b.grad, a.grad, 1e-6)
+
+
+def test_frozen_norm_keeps_its_statistics() -> None:
+    layer = parseval_layer()
+    x = torch.randn(2, 3, *GRID)
+    expected = copy.deepcopy(layer).eval()(x)
+    layer.norm.eval()
+    before = layer.norm.running_var.clone()
+    assert_agree(layer(x), expected)
+    assert torch.equal(layer.norm.running_var, before)
+
+
+def train(layer: torch.nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    for x in batches:
+        layer(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name.removeprefix("module."): value for name, value in layer.state_dict().items()}
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.tensor([1.0, 1.0, 3.0, 4.0], dtype=torch.float64).view(4, 1, 1, 1)
+    return [torch.randn(4, 3, *GRID, generator=generator, dtype=torch.float64) * scales + scales for _ in range(20)]
+
+
+def train_on_half_of_each_batch(rank: int, folder: str, sync_norm: bool) -> None:
+    store = f"file://{folder}/store-{sync_norm}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    layer = parseval_layer(dtype=torch.float64, sync_norm=sync_norm)
+    halves = [x[2 * rank : 2 * rank + 2] for x in batches()]
+    state = train(torch.nn.parallel.DistributedDataParallel(layer), halves)
+    if rank == 0:
+        torch.save(state, f"{folder}/state-{sync_norm}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_synchronised_processes_equal_one(tmp_path: Path) -> None:
+    """With the whole batch in one process, or half of it in each of two. Without synchronisation they must differ."""
+    expected = train(parseval_layer(dtype=torch.float64), batches())
+    assert all(value.isfinite().all() for value in expected.values())
+
+    def errors(sync_norm: bool) -> list[float]:
+        torch.multiprocessing.spawn(train_on_half_of_each_batch, (str(tmp_path), sync_norm), nprocs=2)
+        state = torch.load(tmp_path / f"state-{sync_norm}.pt", weights_only=True)
+        assert state.keys() == expected.keys()
+        return [(state[name] - value).abs().max().item() for name, value in expected.items()]
+
+    assert max(errors(sync_norm=True)) < 1e-10
+    assert max(errors(sync_norm=False)) > 1e-4
