@@ -32,7 +32,15 @@ BRANCH_NORMS = ("batch", "parseval")
 _seeds = itertools.count()
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
-for _name in ("add_kernels", "at_least_float32", "branch_energies", "kernel_sums", "merge_kernels", "spectrum", "to_sequence"):
+for _name in (
+    "add_kernels",
+    "at_least_float32",
+    "branch_energies",
+    "kernel_sums",
+    "merge_kernels",
+    "spectrum",
+    "to_sequence",
+):
     torch.fx.wrap(_name)
 
 
@@ -182,7 +190,7 @@ class ParsevalNorm(nn.Module):
 
 @torch.fx.wrap
 def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
-    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, without lags that no two pixels have."""
+    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, cut to the lags between two pixels."""
     width = x.shape[3] + guard
     return crop_lags(restride(kernel, row_stride, width), x.shape[2] * width)
 
@@ -542,9 +550,11 @@ class MRConv2d(nn.Module):
         return to_image(y, size[0], self.guard)
 
     def _may_cache(self, x: Tensor) -> bool:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
-        substituted = not isinstance(self.kernel, nn.Parameter) or self.kernel.is_inference()
-        return not (torch.is_grad_enabled() or traced or substituted)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        # FX passes proxies; functional calls put plain tensors in the place of parameters; inference tensors have no
+        # version to tell when they change.
+        return type(x) is Tensor and isinstance(self.kernel, nn.Parameter) and not self.kernel.is_inference()
 
     def train(self, mode: bool = True) -> "MRConv2d":
         self._cache.clear()

@@ -1,6 +1,7 @@
 """MRConvNeXt: timm's ConvNeXt with every depthwise convolution replaced by an `MRConv2d`, in timm's registry."""
 
-from typing import Any, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ torch.fx.wrap("check_input")
 @torch.fx.wrap
 def check_image_size(x: Tensor) -> None:
     """Raises if images (B, C, H, W) are too small for four stages."""
-    if x.shape[2] < 32 or x.shape[3] < 32:
+    if min(x.shape[2], x.shape[3]) < 32:
         raise ValueError(f"x must be at least 32 pixels high and wide, got {x.shape[2]}×{x.shape[3]}")
 
 
@@ -85,14 +86,16 @@ class MRConvNeXt(ConvNeXt):
         **kwargs: Any,
     ) -> None:
         kernel_sizes = to_ntuple(4)(kernel_sizes)
+        if len(kernel_sizes) != 4:
+            raise ValueError(f"kernel_sizes must be one size or 4, one for each stage, got {kernel_sizes}")
         # Where there are no local taps ConvNeXt still builds a convolution, which is replaced.
         super().__init__(kernel_sizes=tuple(max(1, k) for k in kernel_sizes), device=device, dtype=dtype, **kwargs)
         img_size = to_2tuple(img_size)
         if min(img_size) < MIN_IMAGE_SIZE:
             raise ValueError(f"img_size must be at least {MIN_IMAGE_SIZE}, got {img_size}")
         min_lengths = (None,) * 4 if min_lengths is None else min_lengths
-        if len(min_lengths) != len(self.stages):
-            raise ValueError(f"min_lengths must name {len(self.stages)} lengths, one for each stage, got {min_lengths}")
+        if len(min_lengths) != 4:
+            raise ValueError(f"min_lengths must be 4 lengths, one for each stage, got {min_lengths}")
 
         self._check_images()
         seed = 0
@@ -177,7 +180,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_mrconvnext(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> MRConvNeXt:
+def _create_mrconvnext(
+    variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
+) -> MRConvNeXt:
     return build_model_with_cfg(
         MRConvNeXt,
         variant,
