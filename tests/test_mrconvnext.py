@@ -66,9 +66,7 @@ def test_bad_options_are_named(options: dict, words: list[str]) -> None:
 
 def test_options_reach_the_layers() -> None:
     options = dict(kernel="dilated", taps=5, bidirectional=False, branch_norm="parseval", sync_norm=True)
-    options |= dict(
-        min_lengths=(30, 20, 10, 5), max_branches=2, alpha_init=0.25, kernel_sizes=(0, 3, 5, 7), img_size=96
-    )
+    options |= dict(min_lengths=(30, 20, 10, 5), max_branches=2, alpha_init=0.25, kernel_sizes=(0, 3, 5, 7))
     model = timm.create_model("mrconvnext_atto", img_size=96, **options)
     for stage, min_length, kernel_size, side in zip(model.stages, (30, 20, 10, 5), (0, 3, 5, 7), (24, 12, 6, 4)):
         layer = stage.blocks[0].conv_dw
