@@ -103,7 +103,7 @@ def test_export_with_dynamic_batch(branch_norm: str, deployed: bool) -> None:
 
 
 @each_form
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's, on complex numbers among others
 @torch.no_grad()
 def test_compile_in_one_graph(branch_norm: str, deployed: bool) -> None:
     torch.compiler.reset()
@@ -196,7 +196,8 @@ def test_timms_idea_of_a_reparameterization(branch_norm: str) -> None:
         torch.testing.assert_close(torch.jit.script(fused)(images()), fused(images()))
         getter.train()
         sum(feature.square().mean() for feature in getter(images())).backward()
-        assert all(p.grad is not None for p in getter.parameters())
+        # Older versions of timm keep a norm behind the last feature that is taken.
+        assert all(p.grad is not None for p in getter.model.stages.parameters())
 
 
 def test_features_reparameterize() -> None:
