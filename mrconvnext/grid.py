@@ -1,4 +1,4 @@
-"""How an image becomes a sequence and back, and how a kernel moves to an image of another width.
+"""How an image becomes a sequence and back, how a kernel moves to an image of another size, and their convolution.
 
 Rows are laid out one after the other, each followed by ``guard`` columns of zeros, so that a row takes
 ``stride = width + guard`` positions and the tap (dr, dc) of a 2D kernel is the lag dr·stride + dc. A tap with
@@ -8,6 +8,9 @@ Rows are laid out one after the other, each followed by ``guard`` columns of zer
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from .kernels import at_least_float32
+from .longconv import convolve_spectrum, crop_lags, fft_length, long_conv
 
 
 def to_sequence(x: Tensor, guard: int) -> Tensor:
@@ -74,3 +77,31 @@ def local_kernel(weight: Tensor, dilation: int, stride: int) -> Tensor:
     lags = taps.new_zeros((taps.shape[0], size, size))
     lags[:, ::dilation, ::dilation] = taps
     return from_lag_map(lags, stride)
+
+
+def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
+    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, cut to the lags between two pixels."""
+    stride = x.shape[3] + guard
+    return crop_lags(restride(kernel, row_stride, stride), x.shape[2] * stride)
+
+
+def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
+    """Returns the kernel of k×k taps (C, 1, k, k) for images like ``x``."""
+    stride = x.shape[3] + guard
+    return crop_lags(local_kernel(at_least_float32(weight), dilation, stride), x.shape[2] * stride)
+
+
+def image_fft_length(x: Tensor, guard: int) -> int:
+    """Returns an FFT length for images like ``x`` and kernels of any reach."""
+    return fft_length(2 * x.shape[2] * (x.shape[3] + guard) - 1)
+
+
+def convolve_image(u_spectrum: Tensor, kernel: Tensor, n: int, x: Tensor, guard: int) -> Tensor:
+    """Returns the image, of ``x``'s size, that a kernel makes of the sequence with spectrum ``u_spectrum``."""
+    length = x.shape[2] * (x.shape[3] + guard)
+    return to_image(convolve_spectrum(u_spectrum, kernel, n, length), x.shape[2], guard)
+
+
+def long_conv_image(x: Tensor, kernel: Tensor, guard: int) -> Tensor:
+    """Returns images ``x`` convolved with a kernel that was placed for their size."""
+    return to_image(long_conv(to_sequence(x, guard), kernel), x.shape[2], guard)

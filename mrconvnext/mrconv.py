@@ -14,18 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .grid import local_kernel, restride, to_image, to_sequence
-from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
-from .longconv import (
-    apply_spectrum,
-    branch_energies,
-    conv_length,
-    convolve_spectrum,
-    crop_lags,
-    fft_length,
-    long_conv,
-    spectrum,
+from .grid import (
+    convolve_image,
+    image_fft_length,
+    long_conv_image,
+    place_kernel,
+    place_taps,
+    to_image,
+    to_sequence,
 )
+from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
+from .longconv import apply_spectrum, branch_energies, conv_length, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
 
@@ -36,8 +35,13 @@ for _name in (
     "add_kernels",
     "at_least_float32",
     "branch_energies",
+    "convolve_image",
+    "image_fft_length",
     "kernel_sums",
+    "long_conv_image",
     "merge_kernels",
+    "place_kernel",
+    "place_taps",
     "spectrum",
     "to_sequence",
 ):
@@ -99,8 +103,8 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
 @torch.fx.wrap
 def channel_sums(x: Tensor) -> Tensor:
     """Returns Σ x of every channel of ``x`` (B, C, …), then the number of values in each, (C + 1)."""
-    values = x.transpose(0, 1).flatten(1)
-    return torch.cat([values.sum(1), values.new_full((1,), values.shape[1])])
+    values = x.flatten(2)
+    return torch.cat([values.sum(dim=(0, 2)), values.new_full((1,), values.shape[0] * values.shape[2])])
 
 
 @torch.fx.wrap
@@ -186,39 +190,6 @@ class ParsevalNorm(nn.Module):
             at_least_float32(self.bias),
             self.eps,
         )
-
-
-@torch.fx.wrap
-def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
-    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, cut to the lags between two pixels."""
-    width = x.shape[3] + guard
-    return crop_lags(restride(kernel, row_stride, width), x.shape[2] * width)
-
-
-@torch.fx.wrap
-def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
-    """Returns the kernel of k×k taps (C, 1, k, k) for images like ``x``."""
-    width = x.shape[3] + guard
-    return crop_lags(local_kernel(at_least_float32(weight), dilation, width), x.shape[2] * width)
-
-
-@torch.fx.wrap
-def image_fft_length(x: Tensor, guard: int) -> int:
-    """Returns an FFT length for images like ``x`` and kernels of any reach."""
-    return fft_length(2 * x.shape[2] * (x.shape[3] + guard) - 1)
-
-
-@torch.fx.wrap
-def convolve_image(u_spectrum: Tensor, kernel: Tensor, n: int, x: Tensor, guard: int) -> Tensor:
-    """Returns the image, of ``x``'s size, that a kernel makes of the sequence with spectrum ``u_spectrum``."""
-    length = x.shape[2] * (x.shape[3] + guard)
-    return to_image(convolve_spectrum(u_spectrum, kernel, n, length), x.shape[2], guard)
-
-
-@torch.fx.wrap
-def long_conv_image(x: Tensor, kernel: Tensor, guard: int) -> Tensor:
-    """Returns images ``x`` convolved with a kernel that was placed for their size."""
-    return to_image(long_conv(to_sequence(x, guard), kernel), x.shape[2], guard)
 
 
 @torch.fx.wrap
@@ -531,7 +502,8 @@ class MRConv2d(nn.Module):
         """Returns the convolution with the kernel, whose spectrum is kept for the next call where that is safe."""
         if not self._may_cache(x):
             return long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
-        size = (x.shape[2], x.shape[3])
+        u = to_sequence(x, self.guard)
+        size = (x.shape[2], u.shape[2])
         # An in-place update moves the version, a replaced tensor the identity or the address.
         state = (self.kernel._version, self.kernel.data_ptr(), self.kernel.device, self.kernel.dtype)
         entry = self._cache.pop(size, None)
@@ -539,15 +511,14 @@ class MRConv2d(nn.Module):
             # An inference tensor could not be used outside inference mode later on.
             with torch.inference_mode(False), torch.no_grad():
                 kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
-                n = conv_length(size[0] * (size[1] + self.guard), kernel)
+                n = conv_length(u.shape[2], kernel)
                 entry = (self.kernel, state, spectrum(kernel, n), n, kernel.shape[-1] // 2)
         self._cache[size] = entry
         if len(self._cache) > 2:
             del self._cache[next(iter(self._cache))]
         _, _, kernel_spectrum, n, reach = entry
-        u = to_sequence(x, self.guard)
         y = apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, u.shape[2])
-        return to_image(y, size[0], self.guard)
+        return to_image(y, x.shape[2], self.guard)
 
     def _may_cache(self, x: Tensor) -> bool:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -96,7 +96,7 @@ def test_does_not_depend_on_the_fft_length(n_extra: int, monkeypatch: pytest.Mon
     expected = layer(x)
     statistics = layer.norm.running_var.clone()
     layer = parseval_layer(dtype=torch.float64)
-    for module in ("mrconv", "longconv"):
+    for module in ("grid", "longconv"):
         monkeypatch.setattr(f"mrconvnext.{module}.fft_length", lambda length: length + n_extra)
     assert_agree(layer(x), expected, 1e-12)
     assert_agree(layer.norm.running_var, statistics, 1e-12)
