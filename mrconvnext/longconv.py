@@ -65,6 +65,18 @@ def conv_length(length: int, kernel: Tensor) -> int:
     return fft_length(length + kernel.shape[-1] // 2)
 
 
+def check_sequences(u: Tensor, kernel: Tensor) -> None:
+    """Raises if ``u`` (…, C, L) and a two-sided kernel (…, C, 2·M − 1) can't be convolved."""
+    if not (u.is_floating_point() and kernel.is_floating_point()):
+        raise TypeError(f"u and kernel must be floating-point tensors, got {u.dtype} and {kernel.dtype}")
+    if kernel.shape[-1] % 2 == 0:
+        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
+    if u.shape[-1] < 1:
+        raise ValueError(f"u must have at least 1 position, got {list(u.shape)}")
+    if kernel.shape[-2] != u.shape[-2] and u.shape[-2] != 1:
+        raise ValueError(f"kernel must have the channels of u, {u.shape[-2]}, got {kernel.shape[-2]}")
+
+
 def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
     """Returns y[t] = Σ_s kernel[t − s] · u[s] for every position t of ``u``, by FFT.
 
@@ -78,10 +90,10 @@ def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
         Sequences (B, C, L) of ``u``'s dtype.
 
     Raises:
-        ValueError: If the kernel's length is even, so that it has no middle.
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If ``u`` is empty, the channels differ, or the kernel's length is even, so that it has no middle.
     """
-    if kernel.shape[-1] % 2 == 0:
-        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
+    check_sequences(u, kernel)
     length = u.shape[-1]
     kernel = crop_lags(kernel, length)
     n = conv_length(length, kernel)
@@ -97,14 +109,22 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
 
     Returns:
         Sequences (B, C, L).
+
+    Raises:
+        TypeError: As `long_conv`.
+        ValueError: As `long_conv`.
     """
+    check_sequences(u, kernel)
     reach = kernel.shape[-1] // 2
     windows = F.pad(u, (reach, reach)).unfold(-1, kernel.shape[-1], 1)  # (B, C, L, 2M − 1): u[t − reach … t + reach]
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
 
 
 def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
-    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length).
+    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length), in float64.
+
+    Sums over the lags cancel where a kernel passes what the sequences hardly have: the power spectrum is exact enough
+    in float32, all its terms being positive, but not what is summed after it.
 
     Args:
         u_spectrum: Spectrum (B, C, n // 2 + 1) of the sequences (B, C, length).
@@ -112,7 +132,7 @@ def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
         length: Length of the sequences.
     """
     power = torch.view_as_real(u_spectrum).square().sum(dim=(0, 3))
-    return torch.fft.irfft(power, n)[..., :length]
+    return torch.fft.irfft(power.to(torch.float64), n)[..., :length]
 
 
 def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
@@ -123,8 +143,11 @@ def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
     of all the branches would take as much memory as a small batch of images.
 
     Args:
-        correlation: Autocorrelation r of the sequences, lags 0 … L − 1, (C, L); see `autocorrelation`.
+        correlation: Autocorrelation r of the sequences, lags 0 … L − 1, (C, L), in float64; see `autocorrelation`.
         kernel: Two-sided kernel (C, 2·M − 1).
+
+    Returns:
+        The energies, of the kernel's dtype.
     """
     if torch.jit.is_scripting():
         return _response_energy(correlation, kernel)
@@ -134,8 +157,8 @@ def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
 def _response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
     products = _kernel_autocorrelation(correlation, kernel)
     products = products * correlation[..., : products.shape[-1]]
-    # Both are even in the lag; rounding may take a sum that is all cancellation below zero.
-    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0)
+    # Both are even in the lag. Rounding may take an energy of zero below it.
+    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0).to(kernel.dtype)
 
 
 def _kernel_autocorrelation(correlation: Tensor, kernel: Tensor) -> Tensor:
@@ -143,7 +166,7 @@ def _kernel_autocorrelation(correlation: Tensor, kernel: Tensor) -> Tensor:
     taps = kernel.shape[-1]
     lags = min(taps, correlation.shape[-1])
     n = fft_length(taps + lags - 1)
-    return autocorrelation(spectrum(kernel, n).unsqueeze(0), n, lags)
+    return autocorrelation(spectrum(kernel.to(torch.float64), n).unsqueeze(0), n, lags)
 
 
 class _ResponseEnergy(torch.autograd.Function):
@@ -158,8 +181,9 @@ class _ResponseEnergy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         correlation, kernel = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        grad_kernel = 2 * grad * long_conv(kernel, torch.cat([correlation[..., 1:].flip(-1), correlation], -1))
+        grad = grad.unsqueeze(-1).to(torch.float64)
+        two_sided = torch.cat([correlation[..., 1:].flip(-1), correlation], -1)
+        grad_kernel = (2 * grad * long_conv(kernel.to(torch.float64), two_sided)).to(kernel.dtype)
         grad_correlation = 2 * grad * _kernel_autocorrelation(correlation, kernel)
         grad_correlation[..., 0] /= 2
         return F.pad(grad_correlation, (0, correlation.shape[-1] - grad_correlation.shape[-1])), grad_kernel

@@ -8,10 +8,11 @@ A layer has two forms. In its training form several branches of doubling length,
 import copy
 import itertools
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.distributed as dist
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from .grid import (
@@ -28,7 +29,8 @@ from .longconv import apply_spectrum, branch_energies, conv_length, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
 
-_seeds = itertools.count()
+# Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
+_seeds = itertools.count(2**31)
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
 for _name in (
@@ -59,14 +61,12 @@ def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: 
         max_branches: Largest number of branches, at least 1.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If ``min_length`` is outside its range.
     """
     if min_length is None:
         min_length = min(length, max(28, length // 16))
-    if not 1 <= min_length <= length:
-        raise ValueError(f"min_length must be from 1 to the sequence's length {length}, got {min_length}")
-    if max_branches < 1:
-        raise ValueError(f"max_branches must be at least 1, got {max_branches}")
+    if not isinstance(min_length, int) or not 1 <= min_length <= length:
+        raise ValueError(f"min_length must be an integer from 1 to the sequence's length {length}, got {min_length!r}")
     branches = min(max_branches, round(math.log2(length / min_length)) + 1)
     return [min_length * 2**i for i in range(branches - 1)] + [length]
 
@@ -123,7 +123,8 @@ def _track_statistics(
     """
     if not torch.jit.is_scripting():
         # Gradient checkpointing recomputes the forward pass inside the backward pass: the batch was counted already.
-        if torch._C._current_graph_task_id() != -1:
+        # A compiled graph has its own way of recomputing, which leaves buffers alone.
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return mean
     with torch.no_grad():
         unbiased = variance * (count / (count - 1).clamp(min=1))
@@ -211,6 +212,8 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() != dims or x.shape[1] != channels:
         raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
+    if min(x.shape[2], x.shape[dims - 1]) < 1:
+        raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
 
 
 def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
@@ -250,7 +253,7 @@ class MRConv2d(nn.Module):
         modes: Fourier modes a kernel. The paper does not state it.
         taps: Dilated or sparse taps a kernel. The paper does not state it.
         alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
-        seed: Seed of the sparse lags. Default: the number of layers made before in this process.
+        seed: Seed of the sparse lags. Default: one that no other layer of this process has.
         inference_mode: Whether the layer is deployed from the start.
         device: Device of the parameters.
         dtype: Type of the parameters.
@@ -265,7 +268,7 @@ class MRConv2d(nn.Module):
     def __init__(
         self,
         channels: int,
-        grid: tuple[int, int],
+        grid: Union[int, tuple[int, int]],
         kernel_size: int = 7,
         dilation: int = 1,
         bias: bool = True,
@@ -284,16 +287,23 @@ class MRConv2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("dilation", dilation)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
-            raise ValueError(f"kernel_size must be odd, or 0 for no local taps, got {kernel_size}")
+        grid = to_2tuple(grid)
+        sizes = dict(channels=channels, dilation=dilation, max_branches=max_branches, modes=modes, taps=taps)
+        for name, value in (*sizes.items(), *(("grid", side) for side in grid)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(kernel_size, int) or kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
+            raise ValueError(f"kernel_size must be an odd integer, or 0 for no local taps, got {kernel_size!r}")
         self.guard = dilation * (kernel_size // 2)
         if min(grid) < self.guard + 1:
             raise ValueError(f"grid must be at least {self.guard + 1} on each side to hold the taps, got {grid}")
         if branch_norm not in BRANCH_NORMS:
             raise ValueError(f"branch_norm must be one of {', '.join(BRANCH_NORMS)}, got {branch_norm!r}")
+        if sync_norm and branch_norm != "parseval":
+            raise ValueError(
+                f'sync_norm is for branch_norm="parseval", got {branch_norm!r}: '
+                "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
+            )
         self.channels = channels
         self.kernel_size = kernel_size
         self.dilation = dilation
@@ -356,7 +366,7 @@ class MRConv2d(nn.Module):
 
     def _build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
         """Gives the layer its deployed form."""
-        requires_grad = self.alpha.requires_grad
+        requires_grad = any(parameter.requires_grad for parameter in self.parameters())
         self.branches = self.norms = self.norm = self.alpha = self.weight = self.lengths = None
         self.kernel = nn.Parameter(kernel, requires_grad)
         self.bias = nn.Parameter(bias, requires_grad)
@@ -454,7 +464,7 @@ class MRConv2d(nn.Module):
     def _forward_parseval_training(self, x: Tensor) -> Tensor:
         # The mean of a feature map may lie far above its spread: take it out before anything is squared.
         sums = sum_over_processes(channel_sums(x), self.sync_norm)
-        count = sums[-1]
+        count = sums[-1].clamp(min=1)
         mean = sums[:-1] / count
         v = to_sequence(add_bias(x, -mean), self.guard)
         n = image_fft_length(x, self.guard)
@@ -504,7 +514,8 @@ class MRConv2d(nn.Module):
             return long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         u = to_sequence(x, self.guard)
         size = (x.shape[2], u.shape[2])
-        # An in-place update moves the version, a replaced tensor the identity or the address.
+        # An in-place update moves the version, a replaced parameter the identity, replaced data the address, which
+        # can't come back while the entry holds the old data.
         state = (self.kernel._version, self.kernel.data_ptr(), self.kernel.device, self.kernel.dtype)
         entry = self._cache.pop(size, None)
         if entry is None or entry[0] is not self.kernel or entry[1] != state:
@@ -512,11 +523,12 @@ class MRConv2d(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
                 n = conv_length(u.shape[2], kernel)
-                entry = (self.kernel, state, spectrum(kernel, n), n, kernel.shape[-1] // 2)
+                data = self.kernel.detach()
+                entry = (self.kernel, state, data, spectrum(kernel, n), n, kernel.shape[-1] // 2)
         self._cache[size] = entry
         if len(self._cache) > 2:
             del self._cache[next(iter(self._cache))]
-        _, _, kernel_spectrum, n, reach = entry
+        *_, kernel_spectrum, n, reach = entry
         y = apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, u.shape[2])
         return to_image(y, x.shape[2], self.guard)
 
@@ -543,37 +555,55 @@ class MRConv2d(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        errors = self._reference_errors(state_dict, prefix)
-        if errors:
-            error_msgs.extend(errors)
-            return
+        # Raised here, not collected: the layer's children would be loaded all the same.
+        self._check_reference(state_dict, prefix)
         self._take_form_of(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _reference_errors(self, state_dict, prefix: str) -> list[str]:
-        """Returns what of the state dict's reference grid and branch lengths differs from the layer's."""
-        errors = []
-        for name, own in (("grid", [*self.reference_grid, self.guard]), ("lengths", self.branch_lengths)):
+    def _check_reference(self, state_dict, prefix: str) -> None:
+        """Raises if the layer of a state dict has another reference grid, other branches or channels than this one."""
+        own = {"grid": [*self.reference_grid, self.guard], "lengths": self.branch_lengths}
+        for name, value in own.items():
             given = state_dict.get(prefix + name)
-            if given is not None and not given.is_meta and given.tolist() != own:
-                errors.append(
-                    f"{prefix}{name} is {given.tolist()} in the state dict and {own} in the layer; they must be equal. "
+            if given is not None and not given.is_meta and given.tolist() != value:
+                raise RuntimeError(
+                    f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
                     "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
                     "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
                 )
-        return errors
+        shapes = {
+            "kernel": (self.channels, 2 * self.reference_grid[0] * self.row_stride - 1),
+            "alpha": (len(self.branch_lengths), self.channels),
+        }
+        for name, shape in shapes.items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.shape != shape:
+                raise RuntimeError(
+                    f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {shape} in the layer"
+                )
 
     def _take_form_of(self, state_dict, prefix: str) -> None:
         """Changes to the form, training or deployed, of the weights in a state dict."""
-        if prefix + "kernel" in state_dict and self.kernel is None:
-            length = 2 * self.reference_grid[0] * self.row_stride - 1
-            self._build_deployed(self.alpha.new_zeros(self.channels, length), self.alpha.new_zeros(self.channels))
-        elif prefix + "alpha" in state_dict and self.kernel is not None:
+        if prefix + "kernel" in state_dict:
+            if self.kernel is None:
+                bias = self.alpha.new_zeros(self.channels)
+                length = 2 * self.reference_grid[0] * self.row_stride - 1
+                self._build_deployed(self.alpha.new_zeros(self.channels, length), bias)
+        elif self.kernel is not None and any(name.startswith(prefix) for name in state_dict):
             requires_grad = self.kernel.requires_grad
+            deployed = self.kernel.detach(), self.bias.detach()
             self._build_branches(self.kernel.device, self.kernel.dtype)
             self.train(self.training).requires_grad_(requires_grad)
+            missing = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
+            if missing:
+                self._build_deployed(*deployed)
+                raise RuntimeError(
+                    f"the state dict has neither {prefix}kernel nor all of the training form; missing are "
+                    f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. A deployed layer can't take part of "
+                    "a training form: load it into a model in training form, then reparameterize."
+                )
 
 
 class MRConv1d(MRConv2d):
@@ -621,8 +651,8 @@ class MRConv1d(MRConv2d):
         device=None,
         dtype=None,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}")
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"length must be an integer of at least 1, got {length!r}")
         super().__init__(
             channels,
             (length, 1),

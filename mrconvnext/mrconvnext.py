@@ -15,24 +15,27 @@ from .mrconv import MRConv2d, check_input
 
 __all__ = ["MRConvNeXt"]
 
+# Four stages halve a patch of 4 pixels three times.
 MIN_IMAGE_SIZE = 32
 
 torch.fx.wrap("check_input")
 
 
 @torch.fx.wrap
-def check_image_size(x: Tensor) -> None:
-    """Raises if images (B, C, H, W) are too small for four stages."""
-    if min(x.shape[2], x.shape[3]) < 32:
-        raise ValueError(f"x must be at least 32 pixels high and wide, got {x.shape[2]}×{x.shape[3]}")
+def check_image_size(x: Tensor, smallest: int) -> None:
+    """Raises if images (B, C, H, W) are less than ``smallest`` pixels high or wide."""
+    if min(x.shape[2], x.shape[3]) < smallest:
+        raise ValueError(f"x must be at least {smallest} pixels high and wide, got {x.shape[2]}×{x.shape[3]}")
 
 
 class StemConv2d(nn.Conv2d):
     """The stem's first convolution, which refuses what is no image for this model, however the model is run."""
 
+    smallest: torch.jit.Final[int] = MIN_IMAGE_SIZE
+
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_channels, 4)
-        check_image_size(x)
+        check_image_size(x, self.smallest)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
@@ -46,8 +49,8 @@ class MRConvNeXt(ConvNeXt):
         branch_norm: "batch", one convolution and BatchNorm for each branch, or "parseval", one convolution in all.
         sync_norm: Whether "parseval" takes its statistics over all processes.
         bidirectional: Whether the branches reach to pixels ahead as well as behind.
-        min_lengths: Length of the shortest branch in each of the four stages, in positions. Default: by the length
-            of the sequence, see `mrconv.branch_lengths`.
+        min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
+            length of the sequence, see `mrconv.branch_lengths`.
         max_branches: Largest number of branches of a layer.
         modes: Fourier modes of a kernel.
         taps: Dilated or sparse taps of a kernel.
@@ -73,7 +76,7 @@ class MRConvNeXt(ConvNeXt):
         branch_norm: str = "batch",
         sync_norm: bool = False,
         bidirectional: bool = True,
-        min_lengths: Optional[Sequence[int]] = None,
+        min_lengths: Optional[Union[int, Sequence[int]]] = None,
         max_branches: int = 5,
         modes: int = 16,
         taps: int = 16,
@@ -91,11 +94,11 @@ class MRConvNeXt(ConvNeXt):
         # Where there are no local taps ConvNeXt still builds a convolution, which is replaced.
         super().__init__(kernel_sizes=tuple(max(1, k) for k in kernel_sizes), device=device, dtype=dtype, **kwargs)
         img_size = to_2tuple(img_size)
-        if min(img_size) < MIN_IMAGE_SIZE:
-            raise ValueError(f"img_size must be at least {MIN_IMAGE_SIZE}, got {img_size}")
-        min_lengths = (None,) * 4 if min_lengths is None else min_lengths
+        if len(img_size) != 2 or not all(isinstance(side, int) and side >= MIN_IMAGE_SIZE for side in img_size):
+            raise ValueError(f"img_size must be one or two integers of at least {MIN_IMAGE_SIZE}, got {img_size}")
+        min_lengths = to_ntuple(4)(min_lengths)
         if len(min_lengths) != 4:
-            raise ValueError(f"min_lengths must be 4 lengths, one for each stage, got {min_lengths}")
+            raise ValueError(f"min_lengths must be one length or 4, one for each stage, got {min_lengths}")
 
         self._check_images()
         seed = 0

@@ -54,9 +54,18 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         assert torch.equal(long_conv(u, kernel), expected)
 
 
-def test_kernel_without_a_middle_is_refused() -> None:
+@pytest.mark.parametrize("function", [long_conv, long_conv_reference])
+def test_bad_arguments_are_named(function) -> None:
+    u, kernel = torch.randn(1, 3, 7), torch.randn(3, 5)
     with pytest.raises(ValueError, match="kernel must have an odd number of lags.*got 4"):
-        long_conv(torch.randn(1, 3, 7), torch.randn(3, 4))
+        function(u, kernel[:, :4])
+    with pytest.raises(ValueError, match="kernel must have the channels of u, 3, got 2"):
+        function(u, kernel[:2])
+    with pytest.raises(ValueError, match=r"u must have at least 1 position, got \[1, 3, 0\]"):
+        function(u[..., :0], kernel)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match=f"floating-point tensors, got {dtype}"):
+            function(u.to(dtype), kernel)
 
 
 def test_fft_length_is_good() -> None:

@@ -246,14 +246,46 @@ def test_state_dict_of_another_reference_is_refused(options: dict, name: str, de
     before = {key: value.clone() for key, value in target.state_dict().items()}
     with pytest.raises(RuntimeError) as error:
         target.load_state_dict(source.state_dict())
+    assert len(str(error.value)) < 500
+    assert target.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
     own, given = target.state_dict()[name].tolist(), source.state_dict()[name].tolist()
     assert name in str(error.value) and str(own) in str(error.value) and str(given) in str(error.value)
-    assert torch.equal(target.state_dict()["grid"], before["grid"])
 
 
-def test_state_dict_of_another_width_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="size mismatch for alpha"):
-        layer_2d().load_state_dict(MRConv2d(4, (9, 11), kernel_size=3, min_length=28).state_dict())
+@pytest.mark.parametrize("name", ["alpha", "kernel"])
+def test_state_dict_of_another_width_is_refused(name: str) -> None:
+    source, target = MRConv2d(4, (9, 11), kernel_size=3, min_length=28), layer_2d()
+    if name == "kernel":
+        source.reparameterize()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}.*4.*3"):
+        target.load_state_dict(source.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("missing", ["alpha", "norms.0.running_var", "branches"])
+def test_deployed_layer_refuses_part_of_a_training_form(missing: str, strict: bool) -> None:
+    """The rest would stay random, and be folded."""
+    layer = MRConv2d(3, (9, 11), kernel_size=3, min_length=28, inference_mode=True)
+    before = layer.kernel.clone()
+    state = {name: value for name, value in layer_2d().state_dict().items() if not name.startswith(missing)}
+    with pytest.raises(RuntimeError, match=f"neither kernel nor all of the training form.*{missing}"):
+        layer.load_state_dict(state, strict=strict)
+    assert torch.equal(layer.kernel, before)
+    with pytest.raises(RuntimeError, match="neither kernel nor all of the training form"):
+        layer.load_state_dict(torch.nn.Conv2d(3, 3, 3, groups=3).state_dict(), strict=strict)
+
+
+def test_only_a_layer_frozen_as_a_whole_is_frozen_when_deployed() -> None:
+    layer = layer_2d()
+    layer.alpha.requires_grad_(False)
+    layer.reparameterize()
+    assert layer.kernel.requires_grad
+    frozen = layer_2d().requires_grad_(False)
+    frozen.reparameterize()
+    assert not frozen.kernel.requires_grad and not frozen.bias.requires_grad
 
 
 def test_branches_of_a_deployed_layer_are_refused() -> None:
@@ -294,7 +326,8 @@ def test_cache_sees_every_change_of_the_kernel() -> None:
         yield layer.load_state_dict(other.state_dict())
         yield layer.load_state_dict(deployed_layer().state_dict(), assign=True)
         yield setattr(layer, "kernel", torch.nn.Parameter(layer.kernel * 2))
-        yield setattr(layer.kernel, "data", layer.kernel.data * 2)
+        for _ in range(5):
+            yield setattr(layer.kernel, "data", layer.kernel.data * 2)
 
     before = layer(x)
     for _ in changes(layer):
@@ -344,7 +377,14 @@ def test_cache_of_a_layer_made_in_inference_mode() -> None:
         (lambda: MRConv2d(3, (3, 11)), ["grid", "(3, 11)", "at least 4"]),
         (lambda: MRConv2d(3, (9, 11), dilation=0), ["dilation", "0"]),
         (lambda: MRConv2d(0, (9, 11)), ["channels", "0"]),
+        (lambda: MRConv2d(3, (9, 11.5)), ["grid", "11.5"]),
+        (lambda: MRConv2d(3, (9, 11), kernel_size=(3, 3)), ["kernel_size", "(3, 3)"]),
+        (lambda: MRConv2d(3, (9, 11), sync_norm=True), ["sync_norm", "batch", "convert_sync_batchnorm"]),
         (lambda: MRConv1d(3, 0), ["length", "0", "at least 1"]),
+        (lambda: MRConv1d(3, 49.0), ["length", "49.0", "integer"]),
+        (lambda: MRConv1d(3, 49, min_length=7.5), ["min_length", "7.5", "49"]),
+        (lambda: MRConv1d(3, 49, max_branches=2.5), ["max_branches", "2.5"]),
+        (lambda: MRConv1d(3, 49, modes=0), ["modes", "0"]),
         (lambda: MRConv1d(3, 49, min_length=0), ["min_length", "0", "49"]),
         (lambda: MRConv1d(3, 49, min_length=50), ["min_length", "50", "49"]),
         (lambda: MRConv1d(3, 49, max_branches=0), ["max_branches", "0"]),
@@ -365,11 +405,22 @@ def test_bad_inputs_are_named(deployed: bool) -> None:
         layer(torch.randn(3, 9, 11))
     with pytest.raises(ValueError, match=r"3 dimensions.*\[1, 3, 9, 11\]"):
         layer_1d()(torch.randn(1, 3, 9, 11))
+    with pytest.raises(ValueError, match=r"at least 1 position, got \[1, 3, 0, 5\]"):
+        layer(torch.randn(1, 3, 0, 5))
+    with pytest.raises(ValueError, match=r"at least 1 position, got \[1, 3, 0\]"):
+        layer_1d()(torch.randn(1, 3, 0))
     with pytest.raises(TypeError, match="floating-point.*int64"):
         layer(torch.ones(1, 3, 9, 11, dtype=torch.int64))
 
 
 def test_two_layers_have_different_lags_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    a, expected = MRConv2d(3, (9, 11), kernel="sparse", seed=1), torch.rand(3)
+    torch.manual_seed(0)
+    b, actual = MRConv2d(3, (9, 11), kernel="sparse", seed=2), torch.rand(3)
+    assert torch.equal(actual, expected)
+    assert torch.equal(a.branches[0].causal.values, b.branches[0].causal.values)
+    assert not torch.equal(a.branches[0].causal.lags, b.branches[0].causal.lags)
     a, b = MRConv2d(3, (9, 11), kernel="sparse"), MRConv2d(3, (9, 11), kernel="sparse")
     assert not torch.equal(a.branches[0].causal.lags, b.branches[0].causal.lags)
     assert not torch.equal(a.branches[0].causal.lags, a.branches[0].anticausal.lags)

@@ -52,7 +52,12 @@ def test_unknown_option_is_a_type_error() -> None:
         (dict(branch_norm="layer"), ["branch_norm", "layer", "parseval"]),
         (dict(img_size=31), ["img_size", "31", "32"]),
         (dict(img_size=(64, 16)), ["img_size", "(64, 16)", "32"]),
+        (dict(img_size=(64,)), ["img_size", "(64,)"]),
+        (dict(img_size=64.5), ["img_size", "64.5"]),
+        (dict(img_size="64"), ["img_size", "64"]),
         (dict(min_lengths=(28, 28)), ["min_lengths", "(28, 28)", "4"]),
+        (dict(min_lengths=100), ["min_length", "100"]),
+        (dict(sync_norm=True), ["sync_norm", "parseval"]),
         (dict(min_lengths=(28, 28, 28, 9999)), ["min_length", "9999"]),
         (dict(kernel_sizes=(7, 7, 7)), ["kernel_sizes", "(7, 7, 7)", "4"]),
         (dict(kernel_sizes=6), ["kernel_size", "6", "odd"]),
@@ -85,8 +90,27 @@ def test_the_papers_layer_has_its_lengths_and_no_local_taps() -> None:
 
 
 def test_no_two_layers_have_the_same_lags() -> None:
-    lags = [layer.branches[-1].causal.sparse.lags for layer in layers_of(small_model(dims=(16, 16, 16, 16)))]
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(lags, 2) if a.shape == b.shape)
+    model = timm.create_model("mrconvnext_atto", depths=(2, 2, 2, 2), dims=(16, 16, 16, 16), img_size=32)
+    layers = [*layers_of(model), mrconvnext.MRConv2d(16, (8, 8)), mrconvnext.MRConv2d(16, (8, 8))]
+    lags = [layer.branches[0].causal.sparse.lags for layer in layers]
+    assert {tuple(own.shape) for own in lags} == {(16, 16)}
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(lags, 2))
+
+
+def test_models_are_reproducible() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append(timm.create_model("mrconvnext_atto", **SMALL).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_deployed_model_refuses_a_convnext_checkpoint() -> None:
+    """Its kernels would stay random: a ConvNeXt's weights go into the training form."""
+    convnext = timm.create_model("convnext_atto", **{k: v for k, v in SMALL.items() if k != "img_size"})
+    model = timm.create_model("mrconvnext_atto", inference_mode=True, **SMALL)
+    with pytest.raises(RuntimeError, match="load it into a model in training form"):
+        model.load_state_dict(convnext.state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
