@@ -39,7 +39,31 @@ def crop_lags(kernel: Tensor, length: int) -> Tensor:
 
 def spectrum(x: Tensor, n: int) -> Tensor:
     """Returns the one-sided spectrum (…, n // 2 + 1) of real ``x`` zero-padded to ``n``, computed in float32 or 64."""
-    return torch.fft.rfft(at_least_float32(x), n)
+    x = at_least_float32(x)
+    if not torch.jit.is_scripting():
+        if x.requires_grad and not torch.compiler.is_compiling():
+            return _Spectrum.apply(x, n)
+    return torch.fft.rfft(x, n)
+
+
+class _Spectrum(torch.autograd.Function):
+    """``torch.fft.rfft``, which by itself keeps its padded input for a backward pass that needs none of it."""
+
+    @staticmethod
+    def forward(x: Tensor, n: int) -> Tensor:
+        return torch.fft.rfft(x, n)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.n = inputs
+        ctx.length = x.shape[-1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        # The inverse counts every frequency twice that has a conjugate: all but the first and, of an even n, the last.
+        last = grad.shape[-1] - 1 + ctx.n % 2
+        halves = torch.cat([grad[..., :1], grad[..., 1:last] / 2, grad[..., last:]], -1)
+        return torch.fft.irfft(halves, ctx.n, norm="forward")[..., : ctx.length], None
 
 
 def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
@@ -132,7 +156,8 @@ def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
         length: Length of the sequences.
     """
     power = torch.view_as_real(u_spectrum).square().sum(dim=(0, 3))
-    return torch.fft.irfft(power.to(torch.float64), n)[..., :length]
+    # A copy, so that keeping it does not keep the other half.
+    return torch.fft.irfft(power.to(torch.float64), n)[..., :length].contiguous()
 
 
 def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:

@@ -44,6 +44,14 @@ def test_gradients(length: int, kernel_length: int) -> None:
     assert torch.autograd.gradcheck(long_conv, (u, kernel))
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 11, 16])
+def test_gradients_of_the_spectrum(n: int) -> None:
+    x = torch.randn(2, min(n, 7), dtype=torch.float64, requires_grad=True)
+    assert torch.equal(spectrum(x, n), torch.fft.rfft(x, n))
+    assert torch.autograd.gradcheck(spectrum, (x, n))
+    assert torch.autograd.gradgradcheck(spectrum, (x, n))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     u, kernel = signals(129, 128, torch.float32)
