@@ -61,9 +61,11 @@ class _Spectrum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         # The inverse counts every frequency twice that has a conjugate: all but the first and, of an even n, the last.
-        last = grad.shape[-1] - 1 + ctx.n % 2
-        halves = torch.cat([grad[..., :1], grad[..., 1:last] / 2, grad[..., last:]], -1)
-        return torch.fft.irfft(halves, ctx.n, norm="forward")[..., : ctx.length], None
+        share = torch.full((grad.shape[-1],), 0.5, device=grad.device, dtype=grad.real.dtype)
+        share[0] = 1
+        if ctx.n % 2 == 0:
+            share[-1] = 1
+        return torch.fft.irfft(grad * share, ctx.n, norm="forward")[..., : ctx.length], None
 
 
 def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
@@ -180,18 +182,17 @@ def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
-    products = _kernel_autocorrelation(correlation, kernel)
-    products = products * correlation[..., : products.shape[-1]]
+    n, lags = _energy_length(correlation, kernel)
+    products = autocorrelation(spectrum(kernel.to(torch.float64), n).unsqueeze(0), n, lags) * correlation[..., :lags]
     # Both are even in the lag. Rounding may take an energy of zero below it.
     return (2 * products.sum(-1) - products[..., 0]).clamp(min=0).to(kernel.dtype)
 
 
-def _kernel_autocorrelation(correlation: Tensor, kernel: Tensor) -> Tensor:
-    """Returns a[lag] for the lags from 0 that both autocorrelations have, (C, lags)."""
+def _energy_length(correlation: Tensor, kernel: Tensor) -> tuple[int, int]:
+    """Returns an FFT length for the kernel and for it with r, and the number of lags, from 0, that both have."""
     taps = kernel.shape[-1]
     lags = min(taps, correlation.shape[-1])
-    n = fft_length(taps + lags - 1)
-    return autocorrelation(spectrum(kernel.to(torch.float64), n).unsqueeze(0), n, lags)
+    return fft_length(taps + lags - 1), lags
 
 
 class _ResponseEnergy(torch.autograd.Function):
@@ -206,12 +207,14 @@ class _ResponseEnergy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         correlation, kernel = ctx.saved_tensors
-        grad = grad.unsqueeze(-1).to(torch.float64)
-        two_sided = torch.cat([correlation[..., 1:].flip(-1), correlation], -1)
-        grad_kernel = (2 * grad * long_conv(kernel.to(torch.float64), two_sided)).to(kernel.dtype)
-        grad_correlation = 2 * grad * _kernel_autocorrelation(correlation, kernel)
+        grad = 2 * grad.unsqueeze(-1).to(torch.float64)
+        n, lags = _energy_length(correlation, kernel)
+        kernel_spectrum = spectrum(kernel.to(torch.float64), n)
+        two_sided = torch.cat([correlation[..., 1:lags].flip(-1), correlation[..., :lags]], -1)
+        grad_kernel = grad * convolve_spectrum(kernel_spectrum, two_sided, n, kernel.shape[-1])
+        grad_correlation = grad * autocorrelation(kernel_spectrum.unsqueeze(0), n, lags)
         grad_correlation[..., 0] /= 2
-        return F.pad(grad_correlation, (0, correlation.shape[-1] - grad_correlation.shape[-1])), grad_kernel
+        return F.pad(grad_correlation, (0, correlation.shape[-1] - lags)), grad_kernel.to(kernel.dtype)
 
 
 def branch_energies(u_spectrum: Tensor, kernels: list[Tensor], n: int, u: Tensor) -> Tensor:
