@@ -60,12 +60,13 @@ class _Spectrum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        # The inverse counts every frequency twice that has a conjugate: all but the first and, of an even n, the last.
-        share = torch.full((grad.shape[-1],), 0.5, device=grad.device, dtype=grad.real.dtype)
-        share[0] = 1
+        # Half of the inverse transform, which counts every frequency twice that has a conjugate, and half of those that
+        # have none: the first and, of an even n, the last.
+        alone = grad[..., :1].real / 2
         if ctx.n % 2 == 0:
-            share[-1] = 1
-        return torch.fft.irfft(grad * share, ctx.n, norm="forward")[..., : ctx.length], None
+            alternating = 1 - 2 * (torch.arange(ctx.length, device=grad.device) % 2).to(alone.dtype)
+            alone = torch.addcmul(alone, grad[..., -1:].real / 2, alternating)
+        return torch.add(alone, torch.fft.irfft(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
 
 
 def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:

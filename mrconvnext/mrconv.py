@@ -232,8 +232,8 @@ class MRConv2d(nn.Module):
 
     The layer takes the form, training or deployed, of the state dict that it is given, unless ``inference_mode`` is
     set: then it always ends deployed. A change of form makes new parameters, which an optimizer made before does not
-    know. The deployed form keeps the kernel's spectrum of the last two image sizes while gradients are off; changes
-    to the kernel through ``.data`` go unseen by it.
+    know. The deployed form keeps the kernel's spectrum of the last two image sizes while gradients are off; in-place
+    changes through ``kernel.data`` go unseen by it.
 
     Args:
         channels: Number of channels C.
