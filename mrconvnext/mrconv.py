@@ -588,9 +588,8 @@ class MRConv2d(nn.Module):
         """Changes to the form, training or deployed, of the weights in a state dict."""
         if prefix + "kernel" in state_dict:
             if self.kernel is None:
-                bias = self.alpha.new_zeros(self.channels)
-                length = 2 * self.reference_grid[0] * self.row_stride - 1
-                self._build_deployed(self.alpha.new_zeros(self.channels, length), bias)
+                kernel = self.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
+                self._build_deployed(kernel, self.alpha.new_zeros(self.channels))
         elif self.kernel is not None and any(name.startswith(prefix) for name in state_dict):
             requires_grad = self.kernel.requires_grad
             deployed = self.kernel.detach(), self.bias.detach()
