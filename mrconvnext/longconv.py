@@ -43,7 +43,22 @@ def spectrum(x: Tensor, n: int) -> Tensor:
     if not torch.jit.is_scripting():
         if x.requires_grad and not torch.compiler.is_compiling():
             return _Spectrum.apply(x, n)
+    return _rfft(x, n)
+
+
+# The FFTs of torch 2.9 and 2.10 refuse an empty batch.
+
+
+def _rfft(x: Tensor, n: int) -> Tensor:
+    if x.numel() == 0:
+        return torch.view_as_complex(x.new_empty(list(x.shape[:-1]) + [n // 2 + 1, 2]))
     return torch.fft.rfft(x, n)
+
+
+def _irfft(x: Tensor, n: int, norm: str = "backward") -> Tensor:
+    if x.numel() == 0:
+        return torch.view_as_real(x).new_empty(list(x.shape[:-1]) + [n])
+    return torch.fft.irfft(x, n, norm=norm)
 
 
 class _Spectrum(torch.autograd.Function):
@@ -51,7 +66,7 @@ class _Spectrum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, n: int) -> Tensor:
-        return torch.fft.rfft(x, n)
+        return _rfft(x, n)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -66,7 +81,7 @@ class _Spectrum(torch.autograd.Function):
         if ctx.n % 2 == 0:
             alternating = 1 - 2 * (torch.arange(ctx.length, device=grad.device) % 2).to(alone.dtype)
             alone = torch.addcmul(alone, grad[..., -1:].real / 2, alternating)
-        return torch.add(alone, torch.fft.irfft(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
+        return torch.add(alone, _irfft(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
 
 
 def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
@@ -79,7 +94,7 @@ def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: i
         reach: Largest lag of the kernel, at most ``length - 1``.
         length: Length of the sequence.
     """
-    return torch.fft.irfft(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
+    return _irfft(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
 
 
 def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
@@ -177,9 +192,10 @@ def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
     Returns:
         The energies, of the kernel's dtype.
     """
-    if torch.jit.is_scripting():
-        return _response_energy(correlation, kernel)
-    return _ResponseEnergy.apply(correlation, kernel)
+    if not torch.jit.is_scripting():
+        if not torch.compiler.is_compiling():
+            return _ResponseEnergy.apply(correlation, kernel)
+    return _response_energy(correlation, kernel)
 
 
 def _response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
@@ -200,9 +216,12 @@ class _ResponseEnergy(torch.autograd.Function):
     """`_response_energy`, a quadratic form Σ_s Σ_t k[s] · r[s − t] · k[t] in the kernel and linear in r."""
 
     @staticmethod
-    def forward(ctx, correlation: Tensor, kernel: Tensor) -> Tensor:
-        ctx.save_for_backward(correlation, kernel)
+    def forward(correlation: Tensor, kernel: Tensor) -> Tensor:
         return _response_energy(correlation, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
