@@ -52,11 +52,10 @@ def rescaled(values: Tensor, scale: Tensor) -> Tensor:
 @torch.fx.wrap
 def two_sided_kernel(causal: Tensor, anticausal: Optional[Tensor]) -> Tensor:
     """Returns the kernel (C, 2·length − 1) of two kernels (C, length), lag 0, where they add, in the middle."""
-    reach = causal.shape[-1] - 1
-    kernel = F.pad(causal, (reach, 0))
-    if anticausal is not None:
-        kernel = kernel + F.pad(anticausal.flip(-1), (0, reach))
-    return kernel
+    if anticausal is None:
+        return F.pad(causal, (causal.shape[-1] - 1, 0))
+    middle = causal[..., :1] + anticausal[..., :1]
+    return torch.cat([anticausal[..., 1:].flip(-1), middle, causal[..., 1:]], -1)
 
 
 class DilatedKernel(nn.Module):

@@ -4,6 +4,8 @@ A kernel is two-sided: (…, C, 2·M − 1) holds the lags −(M − 1) … M �
 y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,89 +164,119 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
 
 
-def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
-    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length), in float64.
+def transform(x: Tensor, n: Optional[int] = None) -> Tensor:
+    """Returns the one-sided spectrum of real ``x`` along its last dimension, zero-padded to ``n``."""
+    return torch.fft.rfft(x, n)
+
+
+def inverse(x: Tensor, n: int) -> Tensor:
+    """Returns the real sequences of length ``n`` with one-sided spectrum ``x``."""
+    return torch.fft.irfft(x, n)
+
+
+def centred_spectrum(kernel: Tensor, n: int) -> Tensor:
+    """Returns the spectrum of a two-sided kernel (C, 2·M − 1) with lag 0 at position 0, ``n`` at least 2·M − 1."""
+    reach = kernel.shape[-1] // 2
+    first = kernel.new_zeros((kernel.shape[0], n))
+    first[:, : reach + 1] = kernel[:, reach:]
+    first[:, n - reach :] = kernel[:, :reach]
+    return torch.fft.rfft(first)
+
+
+def centred_taps(first: Tensor, taps: int) -> Tensor:
+    """Returns the ``taps`` lags round position 0 of circular (C, n), lag 0 in the middle."""
+    reach = taps // 2
+    return torch.cat([first[:, first.shape[1] - reach :], first[:, : reach + 1]], 1)
+
+
+def correlation_of(power: Tensor, n: int, length: int) -> Tensor:
+    """Returns the lags 0 … length − 1 of the autocorrelation with power spectrum (C, n // 2 + 1), in float64.
 
     Sums over the lags cancel where a kernel passes what the sequences hardly have: the power spectrum is exact enough
     in float32, all its terms being positive, but not what is summed after it.
+    """
+    # A copy, so that keeping it does not keep the other half.
+    return torch.fft.irfft(power.to(torch.float64), n)[..., :length].contiguous()
+
+
+def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
+    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length), in float64.
 
     Args:
         u_spectrum: Spectrum (B, C, n // 2 + 1) of the sequences (B, C, length).
         n: FFT length, at least ``2·length − 1``.
         length: Length of the sequences.
     """
-    power = torch.view_as_real(u_spectrum).square().sum(dim=(0, 3))
-    # A copy, so that keeping it does not keep the other half.
-    return torch.fft.irfft(power.to(torch.float64), n)[..., :length].contiguous()
+    return correlation_of(torch.view_as_real(u_spectrum).square().sum(dim=(0, 3)), n, length)
 
 
-def response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
-    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution, without convolving, (C).
+def branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
+    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution with every kernel, without convolving.
 
-    The energy is the product of two autocorrelations, Σ_lag r[lag] · a[lag], r the sequences' and a the kernel's.
-    a comes from an FFT no longer than the kernel needs. Only r and the kernel are kept for the backward pass: spectra
+    By Parseval's theorem the energy is Σ_f |K(f)|² P(f) at any FFT length that the full convolution fits into, K the
+    kernel's spectrum and P the sequences' power spectrum. Only the arguments are kept for the backward pass: spectra
     of all the branches would take as much memory as a small batch of images.
 
     Args:
-        correlation: Autocorrelation r of the sequences, lags 0 … L − 1, (C, L), in float64; see `autocorrelation`.
-        kernel: Two-sided kernel (C, 2·M − 1).
+        correlation: Autocorrelation of the sequences, lags 0 … L − 1, (C, L), in float64; see `autocorrelation`.
+        kernels: Two-sided kernels (C, 2·M − 1), M at most L.
 
     Returns:
-        The energies, of the kernel's dtype.
+        The energies (kernels, C), of the kernels' dtype.
     """
     if not torch.jit.is_scripting():
         if not torch.compiler.is_compiling():
-            return _ResponseEnergy.apply(correlation, kernel)
-    return _response_energy(correlation, kernel)
+            return _BranchEnergies.apply(correlation, *kernels)
+    return _branch_energies(correlation, kernels)
 
 
-def _response_energy(correlation: Tensor, kernel: Tensor) -> Tensor:
-    n, lags = _energy_length(correlation, kernel)
-    products = autocorrelation(spectrum(kernel.to(torch.float64), n).unsqueeze(0), n, lags) * correlation[..., :lags]
-    # Both are even in the lag. Rounding may take an energy of zero below it.
-    return (2 * products.sum(-1) - products[..., 0]).clamp(min=0).to(kernel.dtype)
+def _branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
+    power, n = _energy_power(correlation, kernels)
+    return torch.stack([_energy(_spectrum_parts(kernel, n), power, n) for kernel in kernels])
 
 
-def _energy_length(correlation: Tensor, kernel: Tensor) -> tuple[int, int]:
-    """Returns an FFT length for the kernel and for it with r, and the number of lags, from 0, that both have."""
-    taps = kernel.shape[-1]
-    lags = min(taps, correlation.shape[-1])
-    return fft_length(taps + lags - 1), lags
+def _energy_power(correlation: Tensor, kernels: list[Tensor]) -> tuple[Tensor, int]:
+    """Returns the power spectrum of sequences, each value twice as `_spectrum_parts` has two, and its FFT length n."""
+    taps = max([kernel.shape[-1] for kernel in kernels])
+    n = fft_length(taps + correlation.shape[-1] - 1)
+    power = (2 * torch.fft.rfft(correlation, n).real - correlation[:, :1]).clamp(min=0).to(kernels[0].dtype)
+    return torch.stack([power, power], -1).flatten(1), n
 
 
-class _ResponseEnergy(torch.autograd.Function):
-    """`_response_energy`, a quadratic form Σ_s Σ_t k[s] · r[s − t] · k[t] in the kernel and linear in r."""
+def _spectrum_parts(kernel: Tensor, n: int) -> Tensor:
+    """Returns a kernel's spectrum as (C, n + 2), real and imaginary parts in turn."""
+    return torch.view_as_real(torch.fft.rfft(kernel, n)).flatten(1)
+
+
+def _energy(parts: Tensor, power: Tensor, n: int) -> Tensor:
+    terms = parts.square() * power
+    # Both halves of the spectrum; the first frequency and, n being even, the last have no conjugate.
+    return (2 * terms.sum(-1) - terms[:, :2].sum(-1) - terms[:, -2:].sum(-1)) / n
+
+
+class _BranchEnergies(torch.autograd.Function):
+    """`_branch_energies`, quadratic in the kernels and linear in the autocorrelation."""
 
     @staticmethod
-    def forward(correlation: Tensor, kernel: Tensor) -> Tensor:
-        return _response_energy(correlation, kernel)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx, correlation: Tensor, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(correlation, *kernels)
+        return _branch_energies(correlation, kernels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        correlation, kernel = ctx.saved_tensors
-        grad = 2 * grad.unsqueeze(-1).to(torch.float64)
-        n, lags = _energy_length(correlation, kernel)
-        kernel_spectrum = spectrum(kernel.to(torch.float64), n)
-        two_sided = torch.cat([correlation[..., 1:lags].flip(-1), correlation[..., :lags]], -1)
-        grad_kernel = grad * convolve_spectrum(kernel_spectrum, two_sided, n, kernel.shape[-1])
-        grad_correlation = grad * autocorrelation(kernel_spectrum.unsqueeze(0), n, lags)
-        grad_correlation[..., 0] /= 2
-        return F.pad(grad_correlation, (0, correlation.shape[-1] - lags)), grad_kernel.to(kernel.dtype)
-
-
-def branch_energies(u_spectrum: Tensor, kernels: list[Tensor], n: int, u: Tensor) -> Tensor:
-    """Returns the `response_energy` of every kernel to the sequences ``u`` with spectrum ``u_spectrum``, (kernels, C).
-
-    Args:
-        u_spectrum: Spectrum (B, C, n // 2 + 1) of ``u``.
-        kernels: Two-sided kernels (C, …).
-        n: FFT length, at least ``2·L − 1``.
-        u: Sequences (B, C, L).
-    """
-    correlation = autocorrelation(u_spectrum, n, u.shape[2])
-    return torch.stack([response_energy(correlation, kernel) for kernel in kernels])
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        correlation, *kernels = ctx.saved_tensors
+        power, n = _energy_power(correlation, kernels)
+        power *= 2
+        squares = torch.zeros_like(power)
+        grad_kernels = []
+        for kernel, own in zip(kernels, grad.unsqueeze(-1)):
+            parts = _spectrum_parts(kernel, n)
+            scaled = parts * own
+            squares.addcmul_(parts, scaled)
+            product = torch.view_as_complex(scaled.mul_(power).unflatten(1, (-1, 2)))
+            grad_kernels.append(torch.fft.irfft(product, n)[:, : kernel.shape[-1]])
+        squares = squares[:, ::2] + squares[:, 1::2]
+        grad_correlation = 2 * torch.fft.irfft(squares, n)[:, : correlation.shape[1]].to(torch.float64)
+        grad_correlation[:, 0] /= 2
+        return grad_correlation, *grad_kernels

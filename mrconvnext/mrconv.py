@@ -24,8 +24,9 @@ from .grid import (
     to_image,
     to_sequence,
 )
+from .imageconv import AdaptiveConvolution
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
-from .longconv import apply_spectrum, branch_energies, conv_length, spectrum
+from .longconv import apply_spectrum, autocorrelation, branch_energies, conv_length, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
 
@@ -36,6 +37,7 @@ _seeds = itertools.count(2**31)
 for _name in (
     "add_kernels",
     "at_least_float32",
+    "autocorrelation",
     "branch_energies",
     "convolve_image",
     "image_fft_length",
@@ -214,6 +216,11 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
     if min(x.shape[2], x.shape[dims - 1]) < 1:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
+
+
+def is_eager(x: Tensor) -> bool:
+    """Returns whether ``x`` is computed with right now, not traced or compiled."""
+    return isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
@@ -466,20 +473,32 @@ class MRConv2d(nn.Module):
         sums = sum_over_processes(channel_sums(x), self.sync_norm)
         count = sums[-1].clamp(min=1)
         mean = sums[:-1] / count
+        if not torch.jit.is_scripting():
+            if is_eager(x):
+                parameters = tuple(self.parameters())
+                return AdaptiveConvolution.apply(self._merge_by_statistics, self.guard, x, mean, count, *parameters)
         v = to_sequence(add_bias(x, -mean), self.guard)
         n = image_fft_length(x, self.guard)
-        v_spectrum = spectrum(v, n)
+        correlation = autocorrelation(spectrum(v, n), n, v.shape[2])
+        kernel, bias = self._merge_by_statistics(x, correlation, mean, count)
+        return add_bias(long_conv_image(x, kernel, self.guard), bias)
 
+    def _merge_by_statistics(
+        self, x: Tensor, correlation: Tensor, mean: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the kernel and bias (C) that the branches, normalised by a batch's statistics, merge into.
+
+        Args:
+            x: Images (B, C, H, W).
+            correlation: Autocorrelation of their sequences less the mean, see `longconv.autocorrelation`.
+            mean: Mean of the channels (C).
+            count: Number of pixels (0-dimensional).
+        """
         kernels = self._placed_kernels(x)
-        energies = branch_energies(v_spectrum, kernels, n, v)
+        energies = branch_energies(correlation, kernels)
         variance = sum_over_processes(energies, self.sync_norm) / count
         gain, shift = self.norm(mean * kernel_sums(kernels), variance, count)
-
-        kernel, bias = self._merge(kernels, gain, shift, x)
-        y = convolve_image(v_spectrum, kernel, n, x, self.guard)
-        # What the kernel makes of the mean: a constant, but for the image's edges.
-        constant = scaled(long_conv_image(torch.ones_like(x[:1, :1]), kernel, self.guard), mean)
-        return add_bias(y + constant, bias)
+        return self._merge(kernels, gain, shift, x)
 
     def _placed_kernels(self, x: Tensor) -> list[Tensor]:
         """Returns the branches' kernels for images like ``x``."""

@@ -1,0 +1,151 @@
+"""How a batch of images is convolved in eager mode: a few images at a time, keeping little for the backward pass.
+
+Sequences padded to an FFT length and their spectra take more memory than the images they stand for, and fresh memory
+costs more time than the arithmetic on it. So the batch goes through in pieces whose buffers are used again.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .grid import image_fft_length, pixel_view
+from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, transform
+
+# Of a piece's padded sequences. Large enough that launching operations costs little beside them.
+PIECE_BYTES = 8 * 2**20
+
+
+class Sequences:
+    """Lays out images as sequences padded with zeros, piece by piece, and transforms them.
+
+    Args:
+        x: Images (B, C, H, W), of the type that is computed in.
+        guard: Columns of zeros between rows.
+    """
+
+    def __init__(self, x: Tensor, guard: int) -> None:
+        self.height, self.width = x.shape[2:]
+        self.guard = guard
+        self.n = image_fft_length(x, guard)
+        size = max(1, min(x.shape[0], PIECE_BYTES // (x.shape[1] * self.n * x.element_size())))
+        self.buffer = x.new_zeros((size, x.shape[1], self.n))
+
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """Yields the images (b, C, H, W) of each piece; none of an empty batch, which some FFTs refuse."""
+        if x.shape[0] > 0:
+            yield from x.split(self.buffer.shape[0])
+
+    def spectrum(self, piece: Tensor, mean: Tensor) -> Tensor:
+        """Returns the spectrum (b, C, n // 2 + 1) of images less their channels' ``mean`` (C, 1, 1)."""
+        sequences = self.buffer[: piece.shape[0], : piece.shape[1]]
+        torch.sub(piece, mean, out=self.pixels(sequences))
+        return transform(sequences)
+
+    def ones(self) -> Tensor:
+        """Returns the spectrum (1, n // 2 + 1) of an image of ones."""
+        image = self.buffer.new_ones((1, 1, self.height, self.width))
+        return self.spectrum(image, image.new_zeros(()))[0]
+
+    def pixels(self, sequences: Tensor) -> Tensor:
+        """Returns the view (b, C, H, W) of the pixels in sequences (b, C, n)."""
+        return pixel_view(sequences, self.height, self.width, self.guard)
+
+    def image(self, spectrum: Tensor) -> Tensor:
+        """Returns the images (b, C, H, W) whose sequences have ``spectrum``."""
+        return self.pixels(inverse(spectrum, self.n))
+
+
+def convolve_images(x: Tensor, kernel_spectrum: Tensor, guard: int) -> Tensor:
+    """Returns images (B, C, H, W), channels last, convolved with a kernel given by its `kernel_spectrum`.
+
+    No gradients.
+    """
+    sequences = Sequences(x, guard)
+    zero = x.new_zeros(())
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
+        out.copy_(sequences.image(sequences.spectrum(piece, zero).mul_(kernel_spectrum)))
+    return y
+
+
+class AdaptiveConvolution(torch.autograd.Function):
+    """The convolution of images with a kernel that depends on their statistics.
+
+    Saved for the backward pass are the images, which a plain convolution keeps as well, and the graph that leads from
+    their statistics to the kernel, which has no batch. Spectra, at least twice as large as the images, are computed
+    again.
+
+    Called with ``merge, guard, x, mean, count, *parameters``, where ``merge(x, correlation, mean, count)`` returns
+    the kernel (C, 2·M − 1) and bias (C) for the autocorrelation (C, H·(W + guard)) of the images ``x`` less their
+    ``mean`` (C) over ``count`` pixels, and ``parameters`` are the tensors that it uses beside its arguments.
+    """
+
+    @staticmethod
+    def forward(ctx, merge: Callable, guard: int, x: Tensor, mean: Tensor, count: Tensor, *parameters: Tensor):
+        sequences = Sequences(x, guard)
+        centre = mean[:, None, None]
+        spectra = [sequences.spectrum(piece, centre) for piece in sequences.pieces(x)]
+        power = x.new_zeros((x.shape[1], sequences.n // 2 + 1, 2))
+        for parts in (torch.view_as_real(spectrum) for piece in spectra for spectrum in piece):
+            power.addcmul_(parts, parts)
+        correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, x.shape[2] * (x.shape[3] + guard))
+        # A graph from the statistics to the kernel, for the backward pass. It has no batch.
+        statistics = correlation.requires_grad_(), mean.detach().requires_grad_()
+        with torch.enable_grad():
+            kernel, bias = merge(x, *statistics, count)
+        ctx.graph = (kernel, bias), statistics
+        kernel, bias = kernel.detach(), bias.detach()
+
+        kernel_spectrum = centred_spectrum(kernel, sequences.n)
+        constant = mean[:, None] * sequences.ones() * kernel_spectrum
+        constant[:, 0] += bias * sequences.n
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        for out, spectrum in zip(sequences.pieces(y), spectra):
+            out.copy_(sequences.image(torch.addcmul(constant, spectrum, kernel_spectrum, out=spectrum)))
+        ctx.guard, ctx.parameters = guard, parameters
+        ctx.save_for_backward(x, mean)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, mean = ctx.saved_tensors
+        sequences = Sequences(x, ctx.guard)
+        n, zero = sequences.n, mean.new_zeros(())
+        centre = mean[:, None, None]
+
+        (kernel, bias), statistics = ctx.graph
+        kernel_spectrum = centred_spectrum(kernel.detach(), n).conj().resolve_conj()
+
+        spectra, grad_spectra = [], []
+        cross, total, grad_total = (torch.zeros_like(kernel_spectrum) for _ in range(3))
+        for piece, grad_piece in zip(sequences.pieces(x), sequences.pieces(grad)):
+            spectra.append(sequences.spectrum(piece, centre))
+            grad_spectra.append(sequences.spectrum(grad_piece, zero))
+            for spectrum, grad_spectrum in zip(spectra[-1], grad_spectra[-1]):
+                total += spectrum
+                grad_total += grad_spectrum
+                cross.addcmul_(spectrum.conj(), grad_spectrum)
+        cross += mean[:, None] * sequences.ones().conj() * grad_total
+        wanted = [parameter for parameter in ctx.parameters if parameter.requires_grad]
+        grads = torch.autograd.grad(
+            (kernel, bias),
+            (*statistics, *wanted),
+            (centred_taps(inverse(cross, n), kernel.shape[-1]), grad_total[:, 0].real),
+            allow_unused=True,
+            retain_graph=True,
+        )
+        grad_correlation, grad_mean, *grad_wanted = grads
+        grad_wanted = iter(grad_wanted)
+        grad_parameters = [next(grad_wanted) if parameter.requires_grad else None for parameter in ctx.parameters]
+
+        # Through the autocorrelation, which is even in the lag.
+        gain = 2 * transform(grad_correlation.to(x.dtype), n).real
+        grad_mean = grad_mean - sequences.image((total * gain).unsqueeze(0)).sum(dim=(0, 2, 3))
+        gain = gain.to(total.dtype)
+        grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+        for out, spectrum, grad_spectrum in zip(sequences.pieces(grad_x), spectra, grad_spectra):
+            out.copy_(sequences.image(grad_spectrum.mul_(kernel_spectrum).addcmul_(spectrum, gain)))
+        return None, None, grad_x, grad_mean, None, *grad_parameters
