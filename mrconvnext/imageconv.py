@@ -57,16 +57,21 @@ class Sequences:
         return self.pixels(inverse(spectrum, self.n))
 
 
-def convolve_images(x: Tensor, kernel_spectrum: Tensor, guard: int) -> Tensor:
-    """Returns images (B, C, H, W), channels last, convolved with a kernel given by its `kernel_spectrum`.
+def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
+    """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
-    No gradients.
+    Args:
+        x: Images (B, C, H, W).
+        kernel_spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
+        constant: The bias (C) times the FFT length n.
+        guard: Columns of zeros between rows.
     """
     sequences = Sequences(x, guard)
-    zero = x.new_zeros(())
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    y = torch.empty_like(x)
     for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
-        out.copy_(sequences.image(sequences.spectrum(piece, zero).mul_(kernel_spectrum)))
+        spectrum = sequences.spectrum(piece, x.new_zeros(())).mul_(kernel_spectrum)
+        torch.view_as_real(spectrum)[:, :, 0, 0] += constant
+        out.copy_(sequences.image(spectrum))
     return y
 
 
@@ -101,7 +106,7 @@ class AdaptiveConvolution(torch.autograd.Function):
         kernel_spectrum = centred_spectrum(kernel, sequences.n)
         constant = mean[:, None] * sequences.ones() * kernel_spectrum
         constant[:, 0] += bias * sequences.n
-        y = torch.empty_like(x, memory_format=torch.channels_last)
+        y = torch.empty_like(x)
         for out, spectrum in zip(sequences.pieces(y), spectra):
             out.copy_(sequences.image(torch.addcmul(constant, spectrum, kernel_spectrum, out=spectrum)))
         ctx.guard, ctx.parameters = guard, parameters
@@ -145,7 +150,7 @@ class AdaptiveConvolution(torch.autograd.Function):
         gain = 2 * transform(grad_correlation.to(x.dtype), n).real
         grad_mean = grad_mean - sequences.image((total * gain).unsqueeze(0)).sum(dim=(0, 2, 3))
         gain = gain.to(total.dtype)
-        grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+        grad_x = torch.empty_like(x)
         for out, spectrum, grad_spectrum in zip(sequences.pieces(grad_x), spectra, grad_spectra):
             out.copy_(sequences.image(grad_spectrum.mul_(kernel_spectrum).addcmul_(spectrum, gain)))
         return None, None, grad_x, grad_mean, None, *grad_parameters

@@ -15,13 +15,16 @@ from .kernels import at_least_float32
 
 
 def fft_length(length: int) -> int:
-    """Returns the smallest multiple of 16 that is at least ``length`` and has no prime factor above 7.
+    """Returns an FFT length of at least ``length`` that FFT libraries are fast at.
 
-    FFT libraries are fast at such lengths, and slow at lengths with large prime factors.
+    It has no prime factor above 7, and as many factors 2 as cost at most a sixteenth more length, at least four.
     """
-    good = (length + 15) // 16 * 16
+    step = 16
+    while 32 * step <= length:
+        step *= 2
+    good = (length + step - 1) // step * step
     while not _is_smooth(good):
-        good += 16
+        good += step
     return good
 
 

@@ -15,18 +15,18 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from .derived import Derived, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
     long_conv_image,
     place_kernel,
     place_taps,
-    to_image,
     to_sequence,
 )
-from .imageconv import AdaptiveConvolution
+from .imageconv import AdaptiveConvolution, convolve_images
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
-from .longconv import apply_spectrum, autocorrelation, branch_energies, conv_length, spectrum
+from .longconv import autocorrelation, branch_energies, centred_spectrum, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
 
@@ -218,11 +218,6 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
 
 
-def is_eager(x: Tensor) -> bool:
-    """Returns whether ``x`` is computed with right now, not traced or compiled."""
-    return isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-
-
 def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
     if layer.inference_mode:
         layer.reparameterize()
@@ -270,7 +265,7 @@ class MRConv2d(nn.Module):
     """
 
     # TorchScript would take it for an attribute of one fixed type.
-    __jit_ignored_attributes__ = ["_cache"]
+    __jit_ignored_attributes__ = ["_spectra"]
 
     def __init__(
         self,
@@ -327,7 +322,7 @@ class MRConv2d(nn.Module):
         self.alpha_init = 1 / len(self.branch_lengths) if alpha_init is None else alpha_init
         self.seed = next(_seeds) if seed is None else seed
         self.inference_mode = inference_mode
-        self._cache: dict[tuple[int, int], tuple] = {}
+        self._spectra = Derived(2)
 
         self.register_buffer("grid", torch.tensor([*grid, self.guard], device=device))
         self.register_buffer("lengths", None)
@@ -438,10 +433,10 @@ class MRConv2d(nn.Module):
         return y.to(dtype)
 
     def _forward_deployed(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
-        else:
-            y = self._long_conv_cached(x)
+        if not torch.jit.is_scripting():
+            if may_keep(x, [self.kernel, self.bias]):
+                return self._convolve_kept(x)
+        y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         return add_bias(y, self.bias)
 
     def _forward_batch(self, x: Tensor) -> Tensor:
@@ -527,47 +522,24 @@ class MRConv2d(nn.Module):
 
     # The deployed kernel's spectrum
 
-    def _long_conv_cached(self, x: Tensor) -> Tensor:
-        """Returns the convolution with the kernel, whose spectrum is kept for the next call where that is safe."""
-        if not self._may_cache(x):
-            return long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
-        u = to_sequence(x, self.guard)
-        size = (x.shape[2], u.shape[2])
-        # An in-place update moves the version, a replaced parameter the identity, replaced data the address, which
-        # can't come back while the entry holds the old data.
-        state = (self.kernel._version, self.kernel.data_ptr(), self.kernel.device, self.kernel.dtype)
-        entry = self._cache.pop(size, None)
-        if entry is None or entry[0] is not self.kernel or entry[1] != state:
-            # An inference tensor could not be used outside inference mode later on.
-            with torch.inference_mode(False), torch.no_grad():
-                kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
-                n = conv_length(u.shape[2], kernel)
-                data = self.kernel.detach()
-                entry = (self.kernel, state, data, spectrum(kernel, n), n, kernel.shape[-1] // 2)
-        self._cache[size] = entry
-        if len(self._cache) > 2:
-            del self._cache[next(iter(self._cache))]
-        *_, kernel_spectrum, n, reach = entry
-        y = apply_spectrum(spectrum(u, n), kernel_spectrum, n, reach, u.shape[2])
-        return to_image(y, x.shape[2], self.guard)
+    def _convolve_kept(self, x: Tensor) -> Tensor:
+        """Returns the layer's output by a spectrum that is kept for the next call."""
+        kept = self._spectra.get(x.shape[2:], [self.kernel, self.bias], lambda: self._spectrum_for(x))
+        return convolve_images(x, *kept, self.guard)
 
-    def _may_cache(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        # FX passes proxies; functional calls put plain tensors in the place of parameters; inference tensors have no
-        # version to tell when they change.
-        return type(x) is Tensor and isinstance(self.kernel, nn.Parameter) and not self.kernel.is_inference()
+    def _spectrum_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the spectrum of the kernel placed for images like ``x``, and what the bias adds to it at lag 0."""
+        kernel = at_least_float32(place_kernel(self.kernel, self.row_stride, x, self.guard))
+        n = image_fft_length(x, self.guard)
+        return centred_spectrum(kernel, n), n * at_least_float32(self.bias)
 
     def train(self, mode: bool = True) -> "MRConv2d":
-        self._cache.clear()
+        self._spectra.clear()
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> "MRConv2d":
-        self._cache.clear()
+        self._spectra.clear()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": {}}
 
     # Loading
 

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from .block import FastBlock
 from .mrconv import MRConv2d, check_input
 
 __all__ = ["MRConvNeXt"]
@@ -103,7 +104,7 @@ class MRConvNeXt(ConvNeXt):
         self._check_images()
         seed = 0
         for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
-            for block in stage.blocks:
+            for i, block in enumerate(stage.blocks):
                 dilation = block.conv_dw.dilation[0]
                 smallest = dilation * (kernel_size // 2) + 1
                 block.conv_dw = MRConv2d(
@@ -126,6 +127,7 @@ class MRConvNeXt(ConvNeXt):
                     device=device,
                     dtype=dtype,
                 )
+                stage.blocks[i] = FastBlock(block)
                 seed += 1
 
     def _check_images(self) -> None:
