@@ -8,7 +8,7 @@ from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from .derived import Derived, may_keep
+from .derived import Derived, is_eager, may_keep
 
 # Of a piece's hidden features, the largest that the pointwise layers make: they should stay in the cache.
 PIECE_BYTES = 6 * 2**20
@@ -54,18 +54,21 @@ class FastBlock(ConvNeXtBlock):
         return self.plain_forward(x)
 
     def _may_fold(self, x: Tensor) -> bool:
-        if self.training or not may_keep(x, [self.norm.weight]):
+        if self.training or torch.is_grad_enabled() or not is_eager(x):
             return False
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.numel() == 0:
             return False
+        mlp = self.mlp
+        inside = (self.conv_dw, self.norm, mlp, mlp.fc1, mlp.act, mlp.fc2, self.shortcut, self.drop_path)
         return (
             torch.backends.mkldnn.is_available()
             and type(self.norm) in (LayerNorm, LayerNorm2d)
-            and type(self.mlp) is Mlp
-            and type(self.mlp.act) in (GELU, nn.GELU)
+            and type(mlp) is Mlp
+            and type(mlp.act) in (GELU, nn.GELU)
             and isinstance(self.shortcut, nn.Identity)
-            and all(may_keep(x, [p]) and p.dtype == torch.float32 for p in self._folding())
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules() if m is not self)
+            and may_keep(x, self._folding())
+            and all(parameter.dtype == x.dtype for parameter in self._folding())
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
         )
 
     def _folding(self) -> list[Tensor]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grid import image_fft_length, pixel_view
+from .grid import image_fft_length, pixel_view, place_kernel
+from .kernels import at_least_float32
 from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, transform
 
 # Of a piece's padded sequences. Large enough that launching operations costs little beside them.
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 3 * 2**20
 
 
 class Sequences:
@@ -57,22 +58,39 @@ class Sequences:
         return self.pixels(inverse(spectrum, self.n))
 
 
-def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
+def convolve_images(x: Tensor, spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
     """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
     Args:
         x: Images (B, C, H, W).
-        kernel_spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
+        spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
         constant: The bias (C) times the FFT length n.
         guard: Columns of zeros between rows.
     """
     sequences = Sequences(x, guard)
     y = torch.empty_like(x)
     for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
-        spectrum = sequences.spectrum(piece, x.new_zeros(())).mul_(kernel_spectrum)
-        torch.view_as_real(spectrum)[:, :, 0, 0] += constant
-        out.copy_(sequences.image(spectrum))
+        product = sequences.spectrum(piece, x.new_zeros(())).mul_(spectrum)
+        torch.view_as_real(product)[:, :, 0, 0] += constant
+        out.copy_(sequences.image(product))
     return y
+
+
+def placed_spectrum(kernel: Tensor, bias: Tensor, row_stride: int, x: Tensor, guard: int) -> tuple[Tensor, Tensor]:
+    """Returns the arguments of `convolve_images` for a kernel (C, 2·M − 1), made for ``row_stride``, and a bias (C)."""
+    n = image_fft_length(x, guard)
+    return centred_spectrum(at_least_float32(place_kernel(kernel, row_stride, x, guard)), n), n * at_least_float32(bias)
+
+
+@torch.library.custom_op("mrconvnext::convolve", mutates_args=())
+def convolve_compiled(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
+    """Returns `convolve_images`, as one operation for ``torch.compile``, which has no code for complex numbers."""
+    return convolve_images(x, *placed_spectrum(kernel, bias, row_stride, x, guard), guard)
+
+
+@convolve_compiled.register_fake
+def _(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
+    return torch.empty_like(x)
 
 
 class AdaptiveConvolution(torch.autograd.Function):

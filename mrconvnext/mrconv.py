@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import Derived, is_eager, may_keep
+from .derived import Derived, is_compiled_for_inference, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -24,9 +24,9 @@ from .grid import (
     place_taps,
     to_sequence,
 )
-from .imageconv import AdaptiveConvolution, convolve_images
+from .imageconv import AdaptiveConvolution, convolve_compiled, convolve_images, placed_spectrum
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
-from .longconv import autocorrelation, branch_energies, centred_spectrum, spectrum
+from .longconv import autocorrelation, branch_energies, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
 
@@ -436,6 +436,8 @@ class MRConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if may_keep(x, [self.kernel, self.bias]):
                 return self._convolve_kept(x)
+            if is_compiled_for_inference():
+                return convolve_compiled(x, self.kernel, self.bias, self.row_stride, self.guard)
         y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         return add_bias(y, self.bias)
 
@@ -524,14 +526,12 @@ class MRConv2d(nn.Module):
 
     def _convolve_kept(self, x: Tensor) -> Tensor:
         """Returns the layer's output by a spectrum that is kept for the next call."""
-        kept = self._spectra.get(x.shape[2:], [self.kernel, self.bias], lambda: self._spectrum_for(x))
-        return convolve_images(x, *kept, self.guard)
 
-    def _spectrum_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the spectrum of the kernel placed for images like ``x``, and what the bias adds to it at lag 0."""
-        kernel = at_least_float32(place_kernel(self.kernel, self.row_stride, x, self.guard))
-        n = image_fft_length(x, self.guard)
-        return centred_spectrum(kernel, n), n * at_least_float32(self.bias)
+        def compute() -> tuple[Tensor, Tensor]:
+            return placed_spectrum(self.kernel, self.bias, self.row_stride, x, self.guard)
+
+        kept = self._spectra.get(x.shape[2:], [self.kernel, self.bias], compute)
+        return convolve_images(x, *kept, self.guard)
 
     def train(self, mode: bool = True) -> "MRConv2d":
         self._spectra.clear()

@@ -103,7 +103,6 @@ def test_export_with_dynamic_batch(branch_norm: str, deployed: bool) -> None:
 
 
 @each_form
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Inductor's, on complex numbers among others
 @torch.no_grad()
 def test_compile_in_one_graph(branch_norm: str, deployed: bool) -> None:
     torch.compiler.reset()
