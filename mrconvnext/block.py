@@ -8,13 +8,13 @@ from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from .derived import Derived, is_eager, may_keep
+from .derived import Derived, KeepsDerived, is_eager, may_keep
 
 # Of a piece's hidden features, the largest that the pointwise layers make: they should stay in the cache.
 PIECE_BYTES = 6 * 2**20
 
 
-class FastBlock(ConvNeXtBlock):
+class FastBlock(KeepsDerived, ConvNeXtBlock):
     """A block of timm's ConvNeXt, made of the modules of another one.
 
     In eval mode without gradients, in float32 on a CPU with oneDNN, it computes the same with fewer passes over
@@ -26,9 +26,6 @@ class FastBlock(ConvNeXtBlock):
     Args:
         block: Block whose modules and parameters this one takes.
     """
-
-    # TorchScript would take it for an attribute of one fixed type.
-    __jit_ignored_attributes__ = ["_folded"]
 
     # Under a name of its own, by which TorchScript tells it from the forward below.
     plain_forward = FunctionType(ConvNeXtBlock.forward.__code__, ConvNeXtBlock.forward.__globals__, "plain_forward")
@@ -43,7 +40,7 @@ class FastBlock(ConvNeXtBlock):
         self.gamma = block.gamma
         self.shortcut = block.shortcut
         self.drop_path = block.drop_path
-        self._folded = Derived(1)
+        self._derived = Derived(1)
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ class FastBlock(ConvNeXtBlock):
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.numel() == 0:
             return False
         mlp = self.mlp
-        inside = (self.conv_dw, self.norm, mlp, mlp.fc1, mlp.act, mlp.fc2, self.shortcut, self.drop_path)
+        inside = (*self.children(), *mlp.children())
         return (
             torch.backends.mkldnn.is_available()
             and type(self.norm) in (LayerNorm, LayerNorm2d)
@@ -89,7 +86,7 @@ class FastBlock(ConvNeXtBlock):
         return pack(weight1.float()), bias1.float(), pack(weight2.float()), bias2.float()
 
     def _forward_folded(self, x: Tensor) -> Tensor:
-        weights = self._folded.get("weights", self._folding(), self._fold)
+        weights = self._derived.get("weights", self._folding(), self._fold)
         x = x.contiguous(memory_format=torch.channels_last)
         hidden_bytes = self.mlp.fc1.bias.numel() * x.shape[2] * x.shape[3] * x.element_size()
         pieces = [self._forward_piece(piece, *weights) for piece in x.split(max(1, PIECE_BYTES // hidden_bytes))]

@@ -35,11 +35,23 @@ class Derived:
             del self.entries[next(iter(self.entries))]
         return entry[-1]
 
-    def clear(self) -> None:
-        self.entries.clear()
-
     def __reduce__(self) -> tuple:
         return Derived, (self.size,)
+
+
+class KeepsDerived(nn.Module):
+    """A module with values ``_derived`` from its parameters, which ``train()``, ``eval()`` and ``to()`` drop."""
+
+    # TorchScript would take it for an attribute of one fixed type.
+    __jit_ignored_attributes__ = ["_derived"]
+
+    def train(self, mode: bool = True) -> "KeepsDerived":
+        self._derived.entries.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> "KeepsDerived":
+        self._derived.entries.clear()
+        return super()._apply(fn, recurse)
 
 
 def is_eager(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ costs more time than the arithmetic on it. So the batch goes through in pieces w
 """
 
 from collections.abc import Callable, Iterator
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from .grid import image_fft_length, pixel_view, place_kernel
 from .kernels import at_least_float32
-from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, transform
+from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, spectrum
 
-# Of a piece's padded sequences. Large enough that launching operations costs little beside them.
+# Of a piece's padded sequences, on a CPU: large enough that launching operations costs little beside them.
 PIECE_BYTES = 3 * 2**20
 
 
@@ -30,7 +31,10 @@ class Sequences:
         self.height, self.width = x.shape[2:]
         self.guard = guard
         self.n = image_fft_length(x, guard)
-        size = max(1, min(x.shape[0], PIECE_BYTES // (x.shape[1] * self.n * x.element_size())))
+        size = x.shape[0]
+        if x.device.type == "cpu":
+            size = min(size, PIECE_BYTES // (x.shape[1] * self.n * x.element_size()))
+        size = max(1, size)
         self.buffer = x.new_zeros((size, x.shape[1], self.n))
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
@@ -42,7 +46,7 @@ class Sequences:
         """Returns the spectrum (b, C, n // 2 + 1) of images less their channels' ``mean`` (C, 1, 1)."""
         sequences = self.buffer[: piece.shape[0], : piece.shape[1]]
         torch.sub(piece, mean, out=self.pixels(sequences))
-        return transform(sequences)
+        return spectrum(sequences, self.n)
 
     def ones(self) -> Tensor:
         """Returns the spectrum (1, n // 2 + 1) of an image of ones."""
@@ -58,19 +62,19 @@ class Sequences:
         return self.pixels(inverse(spectrum, self.n))
 
 
-def convolve_images(x: Tensor, spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
+def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
     """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
     Args:
         x: Images (B, C, H, W).
-        spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
+        kernel_spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
         constant: The bias (C) times the FFT length n.
         guard: Columns of zeros between rows.
     """
     sequences = Sequences(x, guard)
     y = torch.empty_like(x)
     for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
-        product = sequences.spectrum(piece, x.new_zeros(())).mul_(spectrum)
+        product = sequences.spectrum(piece, x.new_zeros(())).mul_(kernel_spectrum)
         torch.view_as_real(product)[:, :, 0, 0] += constant
         out.copy_(sequences.image(product))
     return y
@@ -111,8 +115,8 @@ class AdaptiveConvolution(torch.autograd.Function):
         centre = mean[:, None, None]
         spectra = [sequences.spectrum(piece, centre) for piece in sequences.pieces(x)]
         power = x.new_zeros((x.shape[1], sequences.n // 2 + 1, 2))
-        for parts in (torch.view_as_real(spectrum) for piece in spectra for spectrum in piece):
-            power.addcmul_(parts, parts)
+        for own in spectra:
+            power += torch.view_as_real(own).square().sum(0)
         correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, x.shape[2] * (x.shape[3] + guard))
         # A graph from the statistics to the kernel, for the backward pass. It has no batch.
         statistics = correlation.requires_grad_(), mean.detach().requires_grad_()
@@ -125,8 +129,8 @@ class AdaptiveConvolution(torch.autograd.Function):
         constant = mean[:, None] * sequences.ones() * kernel_spectrum
         constant[:, 0] += bias * sequences.n
         y = torch.empty_like(x)
-        for out, spectrum in zip(sequences.pieces(y), spectra):
-            out.copy_(sequences.image(torch.addcmul(constant, spectrum, kernel_spectrum, out=spectrum)))
+        for out, own in zip(sequences.pieces(y), spectra):
+            out.copy_(sequences.image(torch.addcmul(constant, own, kernel_spectrum, out=own)))
         ctx.guard, ctx.parameters = guard, parameters
         ctx.save_for_backward(x, mean)
         return y
@@ -137,38 +141,35 @@ class AdaptiveConvolution(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         sequences = Sequences(x, ctx.guard)
         n, zero = sequences.n, mean.new_zeros(())
-        centre = mean[:, None, None]
+        spectra = [sequences.spectrum(piece, mean[:, None, None]) for piece in sequences.pieces(x)]
+        grad_spectra = [sequences.spectrum(piece, zero) for piece in sequences.pieces(grad)]
 
+        # For the kernel and the bias, and through them for the statistics and the parameters.
         (kernel, bias), statistics = ctx.graph
         kernel_spectrum = centred_spectrum(kernel.detach(), n).conj().resolve_conj()
-
-        spectra, grad_spectra = [], []
-        cross, total, grad_total = (torch.zeros_like(kernel_spectrum) for _ in range(3))
-        for piece, grad_piece in zip(sequences.pieces(x), sequences.pieces(grad)):
-            spectra.append(sequences.spectrum(piece, centre))
-            grad_spectra.append(sequences.spectrum(grad_piece, zero))
-            for spectrum, grad_spectrum in zip(spectra[-1], grad_spectra[-1]):
-                total += spectrum
-                grad_total += grad_spectrum
-                cross.addcmul_(spectrum.conj(), grad_spectrum)
+        total, grad_total, cross = (torch.zeros_like(kernel_spectrum) for _ in range(3))
+        for own, grad_own in zip(spectra, grad_spectra):
+            total += own.sum(0)
+            grad_total += grad_own.sum(0)
+            cross += (own.conj() * grad_own).sum(0)
         cross += mean[:, None] * sequences.ones().conj() * grad_total
-        wanted = [parameter for parameter in ctx.parameters if parameter.requires_grad]
-        grads = torch.autograd.grad(
-            (kernel, bias),
-            (*statistics, *wanted),
-            (centred_taps(inverse(cross, n), kernel.shape[-1]), grad_total[:, 0].real),
-            allow_unused=True,
-            retain_graph=True,
+        grad_kernel = centred_taps(inverse(cross, n), kernel.shape[-1])
+        grad_correlation, grad_mean, *grad_parameters = _gradients(
+            (kernel, bias), (*statistics, *ctx.parameters), (grad_kernel, grad_total[:, 0].real)
         )
-        grad_correlation, grad_mean, *grad_wanted = grads
-        grad_wanted = iter(grad_wanted)
-        grad_parameters = [next(grad_wanted) if parameter.requires_grad else None for parameter in ctx.parameters]
 
-        # Through the autocorrelation, which is even in the lag.
-        gain = 2 * transform(grad_correlation.to(x.dtype), n).real
+        # For the images: through the convolution, and through the autocorrelation, which is even in the lag.
+        gain = 2 * spectrum(grad_correlation.to(x.dtype), n).real
         grad_mean = grad_mean - sequences.image((total * gain).unsqueeze(0)).sum(dim=(0, 2, 3))
         gain = gain.to(total.dtype)
         grad_x = torch.empty_like(x)
-        for out, spectrum, grad_spectrum in zip(sequences.pieces(grad_x), spectra, grad_spectra):
-            out.copy_(sequences.image(grad_spectrum.mul_(kernel_spectrum).addcmul_(spectrum, gain)))
+        for out, own, grad_own in zip(sequences.pieces(grad_x), spectra, grad_spectra):
+            out.copy_(sequences.image(grad_own.mul_(kernel_spectrum).addcmul_(own, gain)))
         return None, None, grad_x, grad_mean, None, *grad_parameters
+
+
+def _gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[Optional[Tensor]]:
+    """Returns the gradients for ``inputs``, None for those that require none. The graph stays for another call."""
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]

@@ -4,8 +4,6 @@ A kernel is two-sided: (…, C, 2·M − 1) holds the lags −(M − 1) … M �
 y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
 """
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,7 +58,8 @@ def _rfft(x: Tensor, n: int) -> Tensor:
     return torch.fft.rfft(x, n)
 
 
-def _irfft(x: Tensor, n: int, norm: str = "backward") -> Tensor:
+def inverse(x: Tensor, n: int, norm: str = "backward") -> Tensor:
+    """Returns the real sequences (…, n) with one-sided spectrum ``x``, scaled as ``torch.fft.irfft`` does."""
     if x.numel() == 0:
         return torch.view_as_real(x).new_empty(list(x.shape[:-1]) + [n])
     return torch.fft.irfft(x, n, norm=norm)
@@ -86,7 +85,7 @@ class _Spectrum(torch.autograd.Function):
         if ctx.n % 2 == 0:
             alternating = 1 - 2 * (torch.arange(ctx.length, device=grad.device) % 2).to(alone.dtype)
             alone = torch.addcmul(alone, grad[..., -1:].real / 2, alternating)
-        return torch.add(alone, _irfft(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
+        return torch.add(alone, inverse(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
 
 
 def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
@@ -99,7 +98,7 @@ def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: i
         reach: Largest lag of the kernel, at most ``length - 1``.
         length: Length of the sequence.
     """
-    return _irfft(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
+    return inverse(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
 
 
 def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
@@ -165,16 +164,6 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
     reach = kernel.shape[-1] // 2
     windows = F.pad(u, (reach, reach)).unfold(-1, kernel.shape[-1], 1)  # (B, C, L, 2M − 1): u[t − reach … t + reach]
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
-
-
-def transform(x: Tensor, n: Optional[int] = None) -> Tensor:
-    """Returns the one-sided spectrum of real ``x`` along its last dimension, zero-padded to ``n``."""
-    return torch.fft.rfft(x, n)
-
-
-def inverse(x: Tensor, n: int) -> Tensor:
-    """Returns the real sequences of length ``n`` with one-sided spectrum ``x``."""
-    return torch.fft.irfft(x, n)
 
 
 def centred_spectrum(kernel: Tensor, n: int) -> Tensor:

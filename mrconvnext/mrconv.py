@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import Derived, is_compiled_for_inference, is_eager, may_keep
+from .derived import Derived, KeepsDerived, is_compiled_for_inference, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -223,7 +223,7 @@ def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
         layer.reparameterize()
 
 
-class MRConv2d(nn.Module):
+class MRConv2d(KeepsDerived):
     """A depthwise convolution over the whole image: several long kernels over its pixels in sequence, and k×k taps.
 
     A drop-in for ``Conv2d(channels, channels, kernel_size, padding="same", dilation=dilation, groups=channels)``,
@@ -263,9 +263,6 @@ class MRConv2d(nn.Module):
     Raises:
         ValueError: If an argument is unknown or outside its range.
     """
-
-    # TorchScript would take it for an attribute of one fixed type.
-    __jit_ignored_attributes__ = ["_spectra"]
 
     def __init__(
         self,
@@ -322,7 +319,7 @@ class MRConv2d(nn.Module):
         self.alpha_init = 1 / len(self.branch_lengths) if alpha_init is None else alpha_init
         self.seed = next(_seeds) if seed is None else seed
         self.inference_mode = inference_mode
-        self._spectra = Derived(2)
+        self._derived = Derived(2)
 
         self.register_buffer("grid", torch.tensor([*grid, self.guard], device=device))
         self.register_buffer("lengths", None)
@@ -471,7 +468,7 @@ class MRConv2d(nn.Module):
         count = sums[-1].clamp(min=1)
         mean = sums[:-1] / count
         if not torch.jit.is_scripting():
-            if is_eager(x):
+            if torch.is_grad_enabled() and is_eager(x):
                 parameters = tuple(self.parameters())
                 return AdaptiveConvolution.apply(self._merge_by_statistics, self.guard, x, mean, count, *parameters)
         v = to_sequence(add_bias(x, -mean), self.guard)
@@ -530,16 +527,8 @@ class MRConv2d(nn.Module):
         def compute() -> tuple[Tensor, Tensor]:
             return placed_spectrum(self.kernel, self.bias, self.row_stride, x, self.guard)
 
-        kept = self._spectra.get(x.shape[2:], [self.kernel, self.bias], compute)
+        kept = self._derived.get(x.shape[2:], [self.kernel, self.bias], compute)
         return convolve_images(x, *kept, self.guard)
-
-    def train(self, mode: bool = True) -> "MRConv2d":
-        self._spectra.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True) -> "MRConv2d":
-        self._spectra.clear()
-        return super()._apply(fn, recurse)
 
     # Loading
 

@@ -24,7 +24,7 @@ def fast_convnext(**options) -> tuple[nn.Module, nn.Module]:
 
 
 def is_folded(model: nn.Module) -> bool:
-    return all(block._folded.entries for block in model.modules() if isinstance(block, FastBlock))
+    return all(block._derived.entries for block in model.modules() if isinstance(block, FastBlock))
 
 
 @pytest.mark.parametrize("options", [{}, {"conv_mlp": False}, {"ls_init_value": None}], ids=str)
@@ -82,3 +82,4 @@ def test_copies_and_pickles_carry_no_folded_weights() -> None:
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert not is_folded(twin)
         assert torch.equal(twin(x), expected)
+    assert is_folded(fast) and not is_folded(fast.train())

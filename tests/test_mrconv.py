@@ -312,7 +312,7 @@ def test_cache_holds_two_sizes_and_changes_nothing() -> None:
         expected = [layer(x) for x in inputs]
     for x, y in [*zip(inputs, expected), *zip(inputs, expected)]:
         assert_agree(layer(x), y)
-        assert len(layer._spectra.entries) <= 2
+        assert len(layer._derived.entries) <= 2
 
 
 @torch.no_grad()
@@ -345,14 +345,14 @@ def test_cache_is_not_copied_pickled_or_used_with_gradients() -> None:
     x = torch.randn(1, 3, 9, 11)
     with torch.inference_mode():
         expected = layer(x)
-    assert len(layer._spectra.entries) == 1
+    assert len(layer._derived.entries) == 1
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._spectra.entries == {}
+        assert twin._derived.entries == {}
         assert_agree(twin(x), expected)
     layer(x).sum().backward()
     assert layer.kernel.grad.abs().sum() > 0
     layer.train()
-    assert layer._spectra.entries == {}
+    assert layer._derived.entries == {}
 
 
 def test_cache_of_a_layer_made_in_inference_mode() -> None:
