@@ -60,11 +60,6 @@ def is_eager(x: Tensor) -> bool:
     return isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def is_compiled_for_inference() -> bool:
-    """Returns whether ``torch.compile`` traces this call for a run without gradients."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
-
-
 def may_keep(x: Tensor, parameters: list[Tensor]) -> bool:
     """Returns whether values derived from ``parameters`` may be kept for calls like this one with ``x``."""
     if torch.is_grad_enabled() or type(x) is not Tensor or not is_eager(x):

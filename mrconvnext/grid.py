@@ -24,12 +24,6 @@ def to_image(u: Tensor, height: int, guard: int) -> Tensor:
     return rows[..., : rows.shape[3] - guard]
 
 
-def pixel_view(sequences: Tensor, height: int, width: int, guard: int) -> Tensor:
-    """Returns the view (B, C, height, width) of the pixels of images laid out at the start of (B, C, n)."""
-    rows = sequences[..., : height * (width + guard)].unflatten(2, (height, width + guard))
-    return rows[..., :width]
-
-
 def lag_map(kernel: Tensor, stride: int) -> Tensor:
     """Returns a two-sided kernel (…, 2·M − 1) as rows of ``stride`` lags, (…, 2·R + 1, stride).
 

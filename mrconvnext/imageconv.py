@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grid import image_fft_length, pixel_view, place_kernel
+from .grid import image_fft_length, place_kernel, to_image
 from .kernels import at_least_float32
 from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, spectrum
 
@@ -30,12 +30,12 @@ class Sequences:
     def __init__(self, x: Tensor, guard: int) -> None:
         self.height, self.width = x.shape[2:]
         self.guard = guard
+        self.length = self.height * (self.width + guard)
         self.n = image_fft_length(x, guard)
         size = x.shape[0]
         if x.device.type == "cpu":
             size = min(size, PIECE_BYTES // (x.shape[1] * self.n * x.element_size()))
-        size = max(1, size)
-        self.buffer = x.new_zeros((size, x.shape[1], self.n))
+        self.buffer = x.new_zeros((max(1, size), x.shape[1], self.n))
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
         """Yields the images (b, C, H, W) of each piece; none of an empty batch, which some FFTs refuse."""
@@ -55,7 +55,7 @@ class Sequences:
 
     def pixels(self, sequences: Tensor) -> Tensor:
         """Returns the view (b, C, H, W) of the pixels in sequences (b, C, n)."""
-        return pixel_view(sequences, self.height, self.width, self.guard)
+        return to_image(sequences[..., : self.length], self.height, self.guard)
 
     def image(self, spectrum: Tensor) -> Tensor:
         """Returns the images (b, C, H, W) whose sequences have ``spectrum``."""
@@ -71,10 +71,10 @@ def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard:
         constant: The bias (C) times the FFT length n.
         guard: Columns of zeros between rows.
     """
-    sequences = Sequences(x, guard)
+    sequences, zero = Sequences(x, guard), x.new_zeros(())
     y = torch.empty_like(x)
     for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
-        product = sequences.spectrum(piece, x.new_zeros(())).mul_(kernel_spectrum)
+        product = sequences.spectrum(piece, zero).mul_(kernel_spectrum)
         torch.view_as_real(product)[:, :, 0, 0] += constant
         out.copy_(sequences.image(product))
     return y
@@ -97,6 +97,11 @@ def _(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> T
     return torch.empty_like(x)
 
 
+def is_compiled_for_inference() -> bool:
+    """Returns whether ``torch.compile`` traces this call for a run without gradients: `convolve_compiled` has none."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+
+
 class AdaptiveConvolution(torch.autograd.Function):
     """The convolution of images with a kernel that depends on their statistics.
 
@@ -117,10 +122,10 @@ class AdaptiveConvolution(torch.autograd.Function):
         power = x.new_zeros((x.shape[1], sequences.n // 2 + 1, 2))
         for own in spectra:
             power += torch.view_as_real(own).square().sum(0)
-        correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, x.shape[2] * (x.shape[3] + guard))
+        correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, sequences.length)
         # A graph from the statistics to the kernel, for the backward pass. It has no batch.
         statistics = correlation.requires_grad_(), mean.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
             kernel, bias = merge(x, *statistics, count)
         ctx.graph = (kernel, bias), statistics
         kernel, bias = kernel.detach(), bias.detach()

@@ -88,27 +88,17 @@ class _Spectrum(torch.autograd.Function):
         return torch.add(alone, inverse(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
 
 
-def apply_spectrum(u_spectrum: Tensor, kernel_spectrum: Tensor, n: int, reach: int, length: int) -> Tensor:
-    """Returns the convolution (…, length) of a sequence and a two-sided kernel, both given by their spectra.
+def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
+    """Returns the convolution (…, length) of a sequence, given by its spectrum, and a two-sided kernel.
 
     Args:
         u_spectrum: Spectrum of the sequence (…, C, length).
-        kernel_spectrum: Spectrum of the kernel (…, C, 2·reach + 1), its first lag at position 0.
-        n: FFT length of both, at least ``length + reach``: what wraps round then misses the positions returned.
-        reach: Largest lag of the kernel, at most ``length - 1``.
+        kernel: Two-sided kernel (…, C, 2·M − 1), M at most ``length``.
+        n: FFT length, at least ``length + M − 1``: what wraps round then misses the positions returned.
         length: Length of the sequence.
     """
-    return inverse(u_spectrum * kernel_spectrum, n)[..., reach : reach + length]
-
-
-def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
-    """Returns `apply_spectrum` for a kernel (…, C, 2·M − 1) that is not transformed yet."""
-    return apply_spectrum(u_spectrum, spectrum(kernel, n), n, kernel.shape[-1] // 2, length)
-
-
-def conv_length(length: int, kernel: Tensor) -> int:
-    """Returns the FFT length for the convolution of a sequence of ``length`` with a two-sided kernel."""
-    return fft_length(length + kernel.shape[-1] // 2)
+    reach = kernel.shape[-1] // 2
+    return inverse(u_spectrum * spectrum(kernel, n), n)[..., reach : reach + length]
 
 
 def check_sequences(u: Tensor, kernel: Tensor) -> None:
@@ -142,7 +132,7 @@ def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
     check_sequences(u, kernel)
     length = u.shape[-1]
     kernel = crop_lags(kernel, length)
-    n = conv_length(length, kernel)
+    n = fft_length(length + kernel.shape[-1] // 2)
     return convolve_spectrum(spectrum(u, n), kernel, n, length).to(u.dtype)
 
 
@@ -236,14 +226,17 @@ def _energy_power(correlation: Tensor, kernels: list[Tensor]) -> tuple[Tensor, i
 
 
 def _spectrum_parts(kernel: Tensor, n: int) -> Tensor:
-    """Returns a kernel's spectrum as (C, n + 2), real and imaginary parts in turn."""
+    """Returns a kernel's spectrum as (C, 2·(n // 2 + 1)), real and imaginary parts in turn."""
     return torch.view_as_real(torch.fft.rfft(kernel, n)).flatten(1)
 
 
 def _energy(parts: Tensor, power: Tensor, n: int) -> Tensor:
     terms = parts.square() * power
-    # Both halves of the spectrum; the first frequency and, n being even, the last have no conjugate.
-    return (2 * terms.sum(-1) - terms[:, :2].sum(-1) - terms[:, -2:].sum(-1)) / n
+    # Both halves of the spectrum; the first frequency and, of an even n, the last have no conjugate.
+    total = 2 * terms.sum(-1) - terms[:, :2].sum(-1)
+    if n % 2 == 0:
+        total = total - terms[:, -2:].sum(-1)
+    return total / n
 
 
 class _BranchEnergies(torch.autograd.Function):

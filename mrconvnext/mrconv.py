@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import Derived, KeepsDerived, is_compiled_for_inference, is_eager, may_keep
+from .derived import Derived, KeepsDerived, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -24,7 +24,13 @@ from .grid import (
     place_taps,
     to_sequence,
 )
-from .imageconv import AdaptiveConvolution, convolve_compiled, convolve_images, placed_spectrum
+from .imageconv import (
+    AdaptiveConvolution,
+    convolve_compiled,
+    convolve_images,
+    is_compiled_for_inference,
+    placed_spectrum,
+)
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
 from .longconv import autocorrelation, branch_energies, spectrum
 
@@ -468,7 +474,7 @@ class MRConv2d(KeepsDerived):
         count = sums[-1].clamp(min=1)
         mean = sums[:-1] / count
         if not torch.jit.is_scripting():
-            if torch.is_grad_enabled() and is_eager(x):
+            if is_eager(x):
                 parameters = tuple(self.parameters())
                 return AdaptiveConvolution.apply(self._merge_by_statistics, self.guard, x, mean, count, *parameters)
         v = to_sequence(add_bias(x, -mean), self.guard)

@@ -348,7 +348,8 @@ def test_cache_is_not_copied_pickled_or_used_with_gradients() -> None:
     assert len(layer._derived.entries) == 1
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin._derived.entries == {}
-        assert_agree(twin(x), expected)
+        with torch.inference_mode():
+            assert torch.equal(twin(x), expected)
     layer(x).sum().backward()
     assert layer.kernel.grad.abs().sum() > 0
     layer.train()

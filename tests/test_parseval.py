@@ -112,7 +112,7 @@ def test_variance_alone_has_the_explicit_gradients() -> None:
         assert_agree(one, other, 1e-10)
 
 
-@pytest.mark.parametrize("n_extra", [1, 38])
+@pytest.mark.parametrize("n_extra", [1, 16, 61])
 def test_does_not_depend_on_the_fft_length(n_extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = parseval_layer(dtype=torch.float64)
     x = smooth_images(1)
@@ -120,7 +120,7 @@ def test_does_not_depend_on_the_fft_length(n_extra: int, monkeypatch: pytest.Mon
     statistics = layer.norm.running_var.clone()
     layer = parseval_layer(dtype=torch.float64)
     for module in ("grid", "longconv"):
-        monkeypatch.setattr(f"mrconvnext.{module}.fft_length", lambda length: (length + n_extra) // 2 * 2)
+        monkeypatch.setattr(f"mrconvnext.{module}.fft_length", lambda length: length + n_extra)
     assert_agree(layer(x), expected, 1e-12)
     assert_agree(layer.norm.running_var, statistics, 1e-12)
 
@@ -201,9 +201,9 @@ def test_gradient_checkpointing_counts_a_batch_once(use_reentrant: bool) -> None
         y = torch.utils.checkpoint.checkpoint(checkpointed, x, use_reentrant=use_reentrant)
         y.square().sum().backward()
     for (name, a), b in zip(plain.state_dict().items(), checkpointed.state_dict().values()):
-        torch.testing.assert_close(a, b, msg=name)
+        assert torch.equal(a, b), name
     for a, b in zip(plain.parameters(), checkpointed.parameters()):
-        assert_agree(b.grad, a.grad)
+        assert_agree(b.grad, a.grad, 1e-6)
 
 
 def test_frozen_norm_keeps_its_statistics() -> None:
