@@ -8,13 +8,13 @@ from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from .derived import Derived, KeepsDerived, is_eager, may_keep
+from .derived import DropsDerived, derived, is_eager, may_keep
 
 # Of a piece's hidden features, the largest that the pointwise layers make: they should stay in the cache.
 PIECE_BYTES = 6 * 2**20
 
 
-class FastBlock(KeepsDerived, ConvNeXtBlock):
+class FastBlock(DropsDerived, ConvNeXtBlock):
     """A block of timm's ConvNeXt, made of the modules of another one.
 
     In eval mode without gradients, in float32 on a CPU with oneDNN, it computes the same with fewer passes over
@@ -40,7 +40,6 @@ class FastBlock(KeepsDerived, ConvNeXtBlock):
         self.gamma = block.gamma
         self.shortcut = block.shortcut
         self.drop_path = block.drop_path
-        self._derived = Derived(1)
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ class FastBlock(KeepsDerived, ConvNeXtBlock):
         return pack(weight1.float()), bias1.float(), pack(weight2.float()), bias2.float()
 
     def _forward_folded(self, x: Tensor) -> Tensor:
-        weights = self._derived.get("weights", self._folding(), self._fold)
+        weights = derived(self._folding(), "folded", 1, self._fold)
         x = x.contiguous(memory_format=torch.channels_last)
         hidden_bytes = self.mlp.fc1.bias.numel() * x.shape[2] * x.shape[3] * x.element_size()
         pieces = [self._forward_piece(piece, *weights) for piece in x.split(max(1, PIECE_BYTES // hidden_bytes))]

@@ -1,56 +1,62 @@
 """Values that are computed from parameters and kept until these change: kernel spectra, folded weights."""
 
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# By the first of the parameters: values live no longer than it does, and no module has to carry, copy or save them.
+_kept = WeakTensorKeyDictionary()
 
 
-class Derived:
-    """The last few values derived from parameters. Copies and pickles of it are empty.
+def derived(parameters: list[Tensor], key: Hashable, size: int, compute: Callable[[], Any]) -> Any:
+    """Returns ``compute()``, or what it returned for this key if the parameters are still the same.
+
+    An in-place update moves a parameter's version, a replaced parameter its identity, replaced data the address,
+    which can't come back while the entry holds the old data.
 
     Args:
-        size: Number of values kept.
+        parameters: What the value is computed from.
+        key: What else it depends on.
+        size: Number of keys that values are kept for.
+        compute: Computes the value.
     """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.entries: dict[Hashable, tuple] = {}
-
-    def get(self, key: Hashable, parameters: list[Tensor], compute: Callable[[], Any]) -> Any:
-        """Returns ``compute()``, or what it returned for this key if the parameters are still the same.
-
-        An in-place update moves a parameter's version, a replaced parameter its identity, replaced data the address,
-        which can't come back while the entry holds the old data.
-        """
-        state = [(p._version, p.data_ptr(), p.device, p.dtype) for p in parameters]
-        entry = self.entries.pop(key, None)
-        if entry is None or entry[0] != state or any(a is not b for a, b in zip(entry[1], parameters)):
-            # An inference tensor could not be used outside inference mode later on.
-            with torch.inference_mode(False), torch.no_grad():
-                entry = (state, parameters, [p.detach() for p in parameters], compute())
-        self.entries[key] = entry
-        if len(self.entries) > self.size:
-            del self.entries[next(iter(self.entries))]
-        return entry[-1]
-
-    def __reduce__(self) -> tuple:
-        return Derived, (self.size,)
+    # They have no version. And what is made in inference mode could not be used outside of it later on.
+    if any(p.is_inference() for p in parameters):
+        return compute()
+    entries = _kept.setdefault(parameters[0], {})
+    state = [(p._version, p.data_ptr(), p.device, p.dtype) for p in parameters]
+    entry = entries.pop(key, None)
+    if entry is None or entry[0] != state or any(a() is not b for a, b in zip(entry[1], parameters)):
+        with torch.inference_mode(False), torch.no_grad():
+            entry = state, [weakref.ref(p) for p in parameters], [p.detach() for p in parameters], compute()
+    entries[key] = entry
+    if len(entries) > size:
+        del entries[next(iter(entries))]
+    return entry[-1]
 
 
-class KeepsDerived(nn.Module):
-    """A module with values ``_derived`` from its parameters, which ``train()``, ``eval()`` and ``to()`` drop."""
+def derived_count(parameter: Tensor) -> int:
+    """Returns the number of values kept that were derived from ``parameter``, the first of their parameters."""
+    return len(_kept.get(parameter, ()))
 
-    # TorchScript would take it for an attribute of one fixed type.
-    __jit_ignored_attributes__ = ["_derived"]
 
-    def train(self, mode: bool = True) -> "KeepsDerived":
-        self._derived.entries.clear()
+class DropsDerived(nn.Module):
+    """A module whose ``train()``, ``eval()`` and ``to()`` drop what was derived from its parameters."""
+
+    def _drop_derived(self) -> None:
+        for parameter in self.parameters():
+            _kept.pop(parameter, None)
+
+    def train(self, mode: bool = True) -> "DropsDerived":
+        self._drop_derived()
         return super().train(mode)
 
-    def _apply(self, fn, recurse: bool = True) -> "KeepsDerived":
-        self._derived.entries.clear()
+    def _apply(self, fn, recurse: bool = True) -> "DropsDerived":
+        self._drop_derived()
         return super()._apply(fn, recurse)
 
 
@@ -64,5 +70,5 @@ def may_keep(x: Tensor, parameters: list[Tensor]) -> bool:
     """Returns whether values derived from ``parameters`` may be kept for calls like this one with ``x``."""
     if torch.is_grad_enabled() or type(x) is not Tensor or not is_eager(x):
         return False
-    # Functional calls put plain tensors in the place of parameters; inference tensors have no version.
-    return all(isinstance(p, nn.Parameter) and not p.is_inference() for p in parameters)
+    # Functional calls put tensors of other kinds in the place of parameters.
+    return all(isinstance(p, nn.Parameter) for p in parameters)

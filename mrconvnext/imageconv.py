@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .derived import derived
 from .grid import image_fft_length, place_kernel, to_image
-from .kernels import at_least_float32
 from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, spectrum
+from .matrixconv import convolve_by_matrices, is_small, kernel_factors, transforms
 
 # Of a piece's padded sequences, on a CPU: large enough that launching operations costs little beside them.
 PIECE_BYTES = 3 * 2**20
@@ -80,25 +81,57 @@ def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard:
     return y
 
 
-def placed_spectrum(kernel: Tensor, bias: Tensor, row_stride: int, x: Tensor, guard: int) -> tuple[Tensor, Tensor]:
-    """Returns the arguments of `convolve_images` for a kernel (C, 2·M − 1), made for ``row_stride``, and a bias (C)."""
-    n = image_fft_length(x, guard)
-    return centred_spectrum(at_least_float32(place_kernel(kernel, row_stride, x, guard)), n), n * at_least_float32(bias)
+def convolve_small_images(x: Tensor, factors: tuple, matrices: tuple, bias: Tensor) -> Tensor:
+    """Returns images (B, C, H, W) convolved by matrices, a few at a time; see `convolve_by_matrices`."""
+    y = torch.empty_like(x)
+    size = max(1, PIECE_BYTES // (factors[0].numel() * 2 * x.element_size()))
+    images, outputs = (tensor.permute(0, 2, 3, 1).split(size) for tensor in (x, y))
+    for piece, out in zip(images, outputs):
+        out.copy_(convolve_by_matrices(piece, matrices, factors, bias))
+    return y
 
 
-@torch.library.custom_op("mrconvnext::convolve", mutates_args=())
-def convolve_compiled(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
-    """Returns `convolve_images`, as one operation for ``torch.compile``, which has no code for complex numbers."""
-    return convolve_images(x, *placed_spectrum(kernel, bias, row_stride, x, guard), guard)
+def convolve_deployed(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
+    """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
+
+    What is derived from the kernel is kept for the last two sizes of images.
+
+    Args:
+        x: Images (B, C, H, W), in float32 or float64.
+        kernel: Two-sided kernel (C, 2·M − 1).
+        bias: Bias (C).
+        row_stride: Row stride that the kernel was made for.
+        guard: Columns of zeros between rows.
+    """
+    height, width = x.shape[2:]
+    small, n = is_small(x, guard), image_fft_length(x, guard)
+
+    def compute() -> tuple:
+        placed = place_kernel(kernel, row_stride, x, guard).to(x.dtype)
+        if small:
+            return kernel_factors(placed, height, width + guard), transforms(height, width, guard, x)
+        return centred_spectrum(placed, n)
+
+    kept = derived([kernel], (height, width, row_stride, guard, x.dtype), 2, compute)
+    bias = bias.to(x.dtype)
+    return convolve_small_images(x, *kept, bias) if small else convolve_images(x, kept, n * bias, guard)
 
 
-@convolve_compiled.register_fake
+# One operation for torch.compile, which has no code for complex numbers. Its definition by a schema has the least
+# cost in a call: there is one in each layer.
+torch.library.define(
+    "mrconvnext::convolve", "(Tensor x, Tensor kernel, Tensor bias, int row_stride, int guard) -> Tensor"
+)
+torch.library.impl("mrconvnext::convolve", "default", convolve_deployed)
+
+
+@torch.library.register_fake("mrconvnext::convolve")
 def _(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
     return torch.empty_like(x)
 
 
 def is_compiled_for_inference() -> bool:
-    """Returns whether ``torch.compile`` traces this call for a run without gradients: `convolve_compiled` has none."""
+    """Returns whether ``torch.compile`` traces this call for a run without gradients: the operation has none."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import Derived, KeepsDerived, is_eager, may_keep
+from .derived import DropsDerived, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -26,10 +26,8 @@ from .grid import (
 )
 from .imageconv import (
     AdaptiveConvolution,
-    convolve_compiled,
-    convolve_images,
+    convolve_deployed,
     is_compiled_for_inference,
-    placed_spectrum,
 )
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
 from .longconv import autocorrelation, branch_energies, spectrum
@@ -229,7 +227,7 @@ def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
         layer.reparameterize()
 
 
-class MRConv2d(KeepsDerived):
+class MRConv2d(DropsDerived):
     """A depthwise convolution over the whole image: several long kernels over its pixels in sequence, and k×k taps.
 
     A drop-in for ``Conv2d(channels, channels, kernel_size, padding="same", dilation=dilation, groups=channels)``,
@@ -325,7 +323,6 @@ class MRConv2d(KeepsDerived):
         self.alpha_init = 1 / len(self.branch_lengths) if alpha_init is None else alpha_init
         self.seed = next(_seeds) if seed is None else seed
         self.inference_mode = inference_mode
-        self._derived = Derived(2)
 
         self.register_buffer("grid", torch.tensor([*grid, self.guard], device=device))
         self.register_buffer("lengths", None)
@@ -438,9 +435,9 @@ class MRConv2d(KeepsDerived):
     def _forward_deployed(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if may_keep(x, [self.kernel, self.bias]):
-                return self._convolve_kept(x)
+                return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
             if is_compiled_for_inference():
-                return convolve_compiled(x, self.kernel, self.bias, self.row_stride, self.guard)
+                return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         return add_bias(y, self.bias)
 
@@ -524,17 +521,6 @@ class MRConv2d(KeepsDerived):
         if self.bias is not None:
             bias = bias + at_least_float32(self.bias)
         return kernel, bias
-
-    # The deployed kernel's spectrum
-
-    def _convolve_kept(self, x: Tensor) -> Tensor:
-        """Returns the layer's output by a spectrum that is kept for the next call."""
-
-        def compute() -> tuple[Tensor, Tensor]:
-            return placed_spectrum(self.kernel, self.bias, self.row_stride, x, self.guard)
-
-        kept = self._derived.get(x.shape[2:], [self.kernel, self.bias], compute)
-        return convolve_images(x, *kept, self.guard)
 
     # Loading
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import assert_agree, randomize, relative_error
 from torch import Tensor
 
 from mrconvnext import MRConv1d, MRConv2d, long_conv_reference
+from mrconvnext.derived import derived_count
 from mrconvnext.grid import to_image, to_sequence
 from mrconvnext.kernels import KERNELS
 from mrconvnext.mrconv import BRANCH_NORMS, branch_lengths
@@ -312,7 +314,7 @@ def test_cache_holds_two_sizes_and_changes_nothing() -> None:
         expected = [layer(x) for x in inputs]
     for x, y in [*zip(inputs, expected), *zip(inputs, expected)]:
         assert_agree(layer(x), y)
-        assert len(layer._derived.entries) <= 2
+        assert derived_count(layer.kernel) <= 2
 
 
 @torch.no_grad()
@@ -345,15 +347,24 @@ def test_cache_is_not_copied_pickled_or_used_with_gradients() -> None:
     x = torch.randn(1, 3, 9, 11)
     with torch.inference_mode():
         expected = layer(x)
-    assert len(layer._derived.entries) == 1
+    assert derived_count(layer.kernel) == 1
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._derived.entries == {}
+        assert derived_count(twin.kernel) == 0
         with torch.inference_mode():
             assert torch.equal(twin(x), expected)
     layer(x).sum().backward()
     assert layer.kernel.grad.abs().sum() > 0
     layer.train()
-    assert layer._derived.entries == {}
+    assert derived_count(layer.kernel) == 0
+
+
+@torch.no_grad()
+def test_cache_does_not_keep_the_layer_alive() -> None:
+    layer = deployed_layer()
+    layer(torch.randn(1, 3, 9, 11))
+    kernel = weakref.ref(layer.kernel)
+    del layer
+    assert kernel() is None
 
 
 def test_cache_of_a_layer_made_in_inference_mode() -> None:

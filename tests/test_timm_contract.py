@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from mrconvnext.derived import derived_count
 from mrconvnext.mrconv import BRANCH_NORMS
 
 FORMS = [("batch", False), ("parseval", False), ("batch", True)]
@@ -60,6 +61,7 @@ def test_trace(branch_norm: str, deployed: bool) -> None:
     assert_agree(traced(images() + 1), model(images() + 1))
     if deployed:
         for layer in layers_of(model):
+            assert derived_count(layer.kernel) == 1
             layer.kernel.mul_(1.5)
         assert_agree(traced(images()), model(images()))
 
@@ -110,7 +112,10 @@ def test_compile_in_one_graph(branch_norm: str, deployed: bool) -> None:
     torch.compiler.reset()
     model = model_in(branch_norm, deployed)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if deployed else "aot_eager")
-    assert_agree(compiled(images()), model(images()))
+    output = compiled(images())
+    if deployed:
+        assert all(derived_count(layer.kernel) == 1 for layer in layers_of(model))
+    assert_agree(output, model(images()))
     if deployed:
         for layer in layers_of(model):
             layer.kernel.mul_(1.5)
