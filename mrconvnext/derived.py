@@ -1,4 +1,7 @@
-"""Values that are computed from parameters and kept until these change: kernel spectra, folded weights."""
+"""Values that are computed from parameters and kept until these change: kernel spectra, folded weights.
+
+And when they may be: in eager mode, or as operations of their own, without gradients.
+"""
 
 import weakref
 from collections.abc import Callable, Hashable
@@ -64,6 +67,28 @@ def is_eager(x: Tensor) -> bool:
     """Returns whether ``x`` is computed with right now, neither traced nor compiled."""
     # FX passes proxies, some other tools tensors of their own kind.
     return isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def is_compiled_for_inference() -> bool:
+    """Returns whether ``torch.compile`` traces this call for a run without gradients, which operations have none of."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+
+
+def define_operation(name: str, schema: str, function: Callable, output: Callable) -> None:
+    """Makes a function one operation for ``torch.compile``: it uses derived values, and code that has to stay eager.
+
+    A definition by schema has the least cost in a call.
+
+    Args:
+        name: Name of the operation in ``torch.ops.mrconvnext``.
+        schema: Its arguments.
+        function: What it does. Without gradients.
+        output: Returns an empty tensor like the function's result.
+    """
+    name = f"mrconvnext::{name}"
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, output)
 
 
 def may_keep(x: Tensor, parameters: list[Tensor]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .derived import derived
+from .derived import define_operation, derived
 from .grid import image_fft_length, place_kernel, to_image
 from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, spectrum
 from .matrixconv import convolve_by_matrices, is_small, kernel_factors, transforms
@@ -117,22 +117,12 @@ def convolve_deployed(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, 
     return convolve_small_images(x, *kept, bias) if small else convolve_images(x, kept, n * bias, guard)
 
 
-# One operation for torch.compile, which has no code for complex numbers. Its definition by a schema has the least
-# cost in a call: there is one in each layer.
-torch.library.define(
-    "mrconvnext::convolve", "(Tensor x, Tensor kernel, Tensor bias, int row_stride, int guard) -> Tensor"
+define_operation(
+    "convolve",
+    "(Tensor x, Tensor kernel, Tensor bias, int row_stride, int guard) -> Tensor",
+    convolve_deployed,
+    lambda x, kernel, bias, row_stride, guard: torch.empty_like(x),
 )
-torch.library.impl("mrconvnext::convolve", "default", convolve_deployed)
-
-
-@torch.library.register_fake("mrconvnext::convolve")
-def _(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def is_compiled_for_inference() -> bool:
-    """Returns whether ``torch.compile`` traces this call for a run without gradients: the operation has none."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
 
 
 class AdaptiveConvolution(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import DropsDerived, is_eager, may_keep
+from .derived import DropsDerived, is_compiled_for_inference, is_eager, may_keep
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -27,7 +27,6 @@ from .grid import (
 from .imageconv import (
     AdaptiveConvolution,
     convolve_deployed,
-    is_compiled_for_inference,
 )
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
 from .longconv import autocorrelation, branch_energies, spectrum
