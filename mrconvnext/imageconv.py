@@ -63,6 +63,20 @@ class Sequences:
         return self.pixels(inverse(spectrum, self.n))
 
 
+def channel_sums(x: Tensor) -> Tensor:
+    """Returns Σ x of every channel of ``x`` (B, C, …), then the number of values in each, (C + 1)."""
+    values = x.flatten(2)
+    return torch.cat([values.sum(dim=(0, 2)), values.new_full((1,), values.shape[0] * values.shape[2])])
+
+
+def batch_sum(x: Tensor) -> Tensor:
+    """Returns the sum (1, C, H, W) of images (B, C, H, W)."""
+    total = torch.zeros_like(x[:1])
+    for image in x.split(1):  # ``x.sum(0)`` takes 20 times as long in channels-last order
+        total += image
+    return total
+
+
 def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
     """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
@@ -132,68 +146,81 @@ class AdaptiveConvolution(torch.autograd.Function):
     their statistics to the kernel, which has no batch. Spectra, at least twice as large as the images, are computed
     again.
 
-    Called with ``merge, guard, x, mean, count, *parameters``, where ``merge(x, correlation, mean, count)`` returns
-    the kernel (C, 2·M − 1) and bias (C) for the autocorrelation (C, H·(W + guard)) of the images ``x`` less their
-    ``mean`` (C) over ``count`` pixels, and ``parameters`` are the tensors that it uses beside its arguments.
+    Called with ``mean_of, merge, guard, x, *parameters``. ``mean_of(sums)`` returns the mean (C) and the number of
+    pixels that it is taken over for the `channel_sums` of the images ``x``; ``merge(x, correlation, mean, count)``
+    the kernel (C, 2·M − 1) and bias (C) for the autocorrelation (C, H·(W + guard)) of the images less their mean.
+    ``parameters`` are the tensors that these use beside their arguments.
     """
 
     @staticmethod
-    def forward(ctx, merge: Callable, guard: int, x: Tensor, mean: Tensor, count: Tensor, *parameters: Tensor):
+    def forward(ctx, mean_of: Callable, merge: Callable, guard: int, x: Tensor, *parameters: Tensor):
+        with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
+            # A graph from the statistics to the kernel, for the backward pass. It has no batch.
+            sums = channel_sums(x.detach()).requires_grad_()
+            mean, count = mean_of(sums)
+            own_mean = mean.detach().requires_grad_()
+        centre = own_mean.detach()[:, None, None]
+
         sequences = Sequences(x, guard)
-        centre = mean[:, None, None]
         spectra = [sequences.spectrum(piece, centre) for piece in sequences.pieces(x)]
         power = x.new_zeros((x.shape[1], sequences.n // 2 + 1, 2))
-        for own in spectra:
-            power += torch.view_as_real(own).square().sum(0)
-        correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, sequences.length)
-        # A graph from the statistics to the kernel, for the backward pass. It has no batch.
-        statistics = correlation.requires_grad_(), mean.detach().requires_grad_()
+        for image in (image for own in spectra for image in torch.view_as_real(own)):
+            power.addcmul_(image, image)
+        correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, sequences.length).requires_grad_()
         with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
-            kernel, bias = merge(x, *statistics, count)
-        ctx.graph = (kernel, bias), statistics
+            kernel, bias = merge(x, correlation, own_mean, count)
+        ctx.graph = (kernel, bias), (correlation, own_mean), (mean, sums)
         kernel, bias = kernel.detach(), bias.detach()
 
         kernel_spectrum = centred_spectrum(kernel, sequences.n)
-        constant = mean[:, None] * sequences.ones() * kernel_spectrum
+        constant = centre[..., 0] * sequences.ones() * kernel_spectrum
         constant[:, 0] += bias * sequences.n
         y = torch.empty_like(x)
-        for out, own in zip(sequences.pieces(y), spectra):
+        for out in sequences.pieces(y):
+            own = spectra.pop(0)
             out.copy_(sequences.image(torch.addcmul(constant, own, kernel_spectrum, out=own)))
         ctx.guard, ctx.parameters = guard, parameters
-        ctx.save_for_backward(x, mean)
+        ctx.save_for_backward(x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, mean = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        (kernel, bias), (correlation, own_mean), (mean, sums) = ctx.graph
+        centre, zero = own_mean.detach()[:, None, None], x.new_zeros(())
         sequences = Sequences(x, ctx.guard)
-        n, zero = sequences.n, mean.new_zeros(())
-        spectra = [sequences.spectrum(piece, mean[:, None, None]) for piece in sequences.pieces(x)]
-        grad_spectra = [sequences.spectrum(piece, zero) for piece in sequences.pieces(grad)]
+        n = sequences.n
 
-        # For the kernel and the bias, and through them for the statistics and the parameters.
-        (kernel, bias), statistics = ctx.graph
+        # For the kernel and the bias, and through them for the statistics and the parameters. Of the images' spectra
+        # the conjugates are kept at first: they are what the kernel's gradient takes.
         kernel_spectrum = centred_spectrum(kernel.detach(), n).conj().resolve_conj()
-        total, grad_total, cross = (torch.zeros_like(kernel_spectrum) for _ in range(3))
-        for own, grad_own in zip(spectra, grad_spectra):
-            total += own.sum(0)
-            grad_total += grad_own.sum(0)
-            cross += (own.conj() * grad_own).sum(0)
-        cross += mean[:, None] * sequences.ones().conj() * grad_total
+        cross = torch.zeros_like(kernel_spectrum)
+        spectra, grad_spectra = [], []
+        for piece, grad_piece in zip(sequences.pieces(x), sequences.pieces(grad)):
+            spectra.append(sequences.spectrum(piece, centre).conj_physical_())
+            grad_spectra.append(sequences.spectrum(grad_piece, zero))
+            for own, grad_own in zip(spectra[-1], grad_spectra[-1]):
+                cross.addcmul_(own, grad_own)
+        total = sequences.spectrum(batch_sum(x), x.shape[0] * centre)[0]
+        grad_total = sequences.spectrum(batch_sum(grad), zero)[0]
+        cross += centre[..., 0] * sequences.ones().conj() * grad_total
         grad_kernel = centred_taps(inverse(cross, n), kernel.shape[-1])
         grad_correlation, grad_mean, *grad_parameters = _gradients(
-            (kernel, bias), (*statistics, *ctx.parameters), (grad_kernel, grad_total[:, 0].real)
+            (kernel, bias), (correlation, own_mean, *ctx.parameters), (grad_kernel, grad_total[:, 0].real)
         )
 
-        # For the images: through the convolution, and through the autocorrelation, which is even in the lag.
+        # For the images: through the convolution, the autocorrelation, which is even in the lag, and the mean.
         gain = 2 * spectrum(grad_correlation.to(x.dtype), n).real
         grad_mean = grad_mean - sequences.image((total * gain).unsqueeze(0)).sum(dim=(0, 2, 3))
+        (grad_sums,) = _gradients((mean,), (sums,), (grad_mean,))
+        grad_sums = grad_sums[:-1, None, None]
         gain = gain.to(total.dtype)
         grad_x = torch.empty_like(x)
-        for out, own, grad_own in zip(sequences.pieces(grad_x), spectra, grad_spectra):
-            out.copy_(sequences.image(grad_own.mul_(kernel_spectrum).addcmul_(own, gain)))
-        return None, None, grad_x, grad_mean, None, *grad_parameters
+        for out in sequences.pieces(grad_x):
+            own, grad_own = spectra.pop(0).conj_physical_(), grad_spectra.pop(0)
+            torch.add(sequences.image(grad_own.mul_(kernel_spectrum).addcmul_(own, gain)), grad_sums, out=out)
+        return None, None, None, grad_x, *grad_parameters
 
 
 def _gradients(outputs: tuple, inputs: tuple, grads: tuple) -> list[Optional[Tensor]]:

@@ -26,6 +26,7 @@ from .grid import (
 )
 from .imageconv import (
     AdaptiveConvolution,
+    channel_sums,
     convolve_deployed,
 )
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
@@ -42,6 +43,7 @@ for _name in (
     "at_least_float32",
     "autocorrelation",
     "branch_energies",
+    "channel_sums",
     "convolve_image",
     "image_fft_length",
     "kernel_sums",
@@ -103,13 +105,6 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
         if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return _AllReduce.apply(x)
     return x
-
-
-@torch.fx.wrap
-def channel_sums(x: Tensor) -> Tensor:
-    """Returns Σ x of every channel of ``x`` (B, C, …), then the number of values in each, (C + 1)."""
-    values = x.flatten(2)
-    return torch.cat([values.sum(dim=(0, 2)), values.new_full((1,), values.shape[0] * values.shape[2])])
 
 
 @torch.fx.wrap
@@ -465,19 +460,23 @@ class MRConv2d(DropsDerived):
         return add_bias(long_conv_image(x, kernel, self.guard), bias)
 
     def _forward_parseval_training(self, x: Tensor) -> Tensor:
-        # The mean of a feature map may lie far above its spread: take it out before anything is squared.
-        sums = sum_over_processes(channel_sums(x), self.sync_norm)
-        count = sums[-1].clamp(min=1)
-        mean = sums[:-1] / count
         if not torch.jit.is_scripting():
             if is_eager(x):
-                parameters = tuple(self.parameters())
-                return AdaptiveConvolution.apply(self._merge_by_statistics, self.guard, x, mean, count, *parameters)
+                functions = self._mean, self._merge_by_statistics
+                return AdaptiveConvolution.apply(*functions, self.guard, x, *self.parameters())
+        # The mean of a feature map may lie far above its spread: take it out before anything is squared.
+        mean, count = self._mean(channel_sums(x))
         v = to_sequence(add_bias(x, -mean), self.guard)
         n = image_fft_length(x, self.guard)
         correlation = autocorrelation(spectrum(v, n), n, v.shape[2])
         kernel, bias = self._merge_by_statistics(x, correlation, mean, count)
         return add_bias(long_conv_image(x, kernel, self.guard), bias)
+
+    def _mean(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mean (C) of a batch and the number of pixels (0-dimensional) in it, by its `channel_sums`."""
+        sums = sum_over_processes(sums, self.sync_norm)
+        count = sums[-1].clamp(min=1)
+        return sums[:-1] / count, count
 
     def _merge_by_statistics(
         self, x: Tensor, correlation: Tensor, mean: Tensor, count: Tensor
