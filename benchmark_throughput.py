@@ -9,7 +9,7 @@ a fresh process less what it held before the model was made; a model that fails 
 out of the rounds. On CPU with --compile the compiler's own memory is part of it.
 
 Every MRConvNeXt has a row for its training form, in eval mode, and one deployed. Every ConvNeXt has one in its default
-layout, one with conv_mlp=True, and one with the block optimisations of the deployed form. Ratios are of images/s, to
+layout, one with conv_mlp=True, and one with the block optimisations of MRConvNeXt. Ratios are of images/s, to
 the ConvNeXt of the same size in its default layout, taken round by round. Weights are random, but as large as trained
 ones, so that the error of a deployed model is not hidden by layer scales near zero.
 """
@@ -176,7 +176,7 @@ def reference_of(model: str, args: argparse.Namespace) -> Optional[str]:
 def forms_of(model: str, train: bool) -> list[str]:
     name = model.split(":")[0]
     forms = next((forms for module, forms in FORMS.items() if is_model_in_modules(name, [module])), ("default",))
-    return [form for form in forms if not (train and form in DERIVED)]
+    return [form for form in forms if not (train and form == "deployed")]
 
 
 # The run

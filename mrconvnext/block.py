@@ -1,4 +1,4 @@
-"""ConvNeXt's block, run faster on a CPU where no gradients are wanted."""
+"""ConvNeXt's block, run faster on a CPU."""
 
 from types import FunctionType
 
@@ -8,7 +8,7 @@ from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from .derived import DropsDerived, define_operation, derived, is_compiled_for_inference, may_keep
+from .derived import DropsDerived, define_operation, derived, is_compiled_for_inference, is_ordinary
 
 # Of a piece's hidden features, the largest that the pointwise layers make: they should stay in the cache.
 PIECE_BYTES = 6 * 2**20
@@ -19,11 +19,12 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 class FastBlock(DropsDerived, ConvNeXtBlock):
     """A block of timm's ConvNeXt, made of the modules of another one.
 
-    In eval mode without gradients, in float32 on a CPU with oneDNN, it computes the same with fewer passes over
-    memory: the affine part of the LayerNorm and the layer scale are folded into the linear layers, GELU and the
-    residual are part of these, and the batch goes through a few images at a time. The folded weights, as large as
-    the block's own, are kept until its parameters change. Autocast, tracing, compilation, forward hooks inside the
-    block and layers of other types than ConvNeXt's turn that off.
+    In float32 on a CPU with oneDNN it computes the same with fewer passes over memory: its batch goes through the
+    pointwise layers a few images at a time. With gradients it keeps less for the backward pass, see `Pointwise`. In
+    eval mode without gradients the affine part of the LayerNorm and the layer scale are folded into the linear
+    layers, and GELU and the residual are part of these; the folded weights, as large as the block's own, are kept
+    until its parameters change. Autocast, tracing, forward hooks inside the block and layers of other types than
+    ConvNeXt's turn that off; so does compilation, but for the folded form.
 
     Args:
         block: Block whose modules and parameters this one takes.
@@ -47,28 +48,36 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output (B, C, H, W) for images of that size."""
         if not torch.jit.is_scripting():
-            if self._may_fold(x):
-                x = x.contiguous(memory_format=torch.channels_last)
-                folding = self._folding()
-                if is_compiled_for_inference():
-                    return torch.ops.mrconvnext.pointwise(self.conv_dw(x), x, self.norm.eps, folding)
-                return pointwise(self.conv_dw(x), x, self.norm.eps, folding)
+            if self._is_fast(x):
+                return self._fast_forward(x.contiguous(memory_format=torch.channels_last))
         return self.plain_forward(x)
 
-    def _may_fold(self, x: Tensor) -> bool:
-        if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+    def _fast_forward(self, x: Tensor) -> Tensor:
+        eps, parameters = self.norm.eps, self._folding()
+        if torch.is_grad_enabled():
+            return self.drop_path(Pointwise.apply(self.conv_dw(x), eps, *parameters)) + x
+        if is_compiled_for_inference():
+            return torch.ops.mrconvnext.pointwise(self.conv_dw(x), x, eps, parameters)
+        return pointwise(self.conv_dw(x), x, eps, parameters)
+
+    def _is_fast(self, x: Tensor) -> bool:
+        """Returns whether `_fast_forward` computes what the modules do, and faster."""
+        parameters = self._folding()
+        if not (is_compiled_for_inference() or is_ordinary(x, parameters)):
+            return False
+        if not HAS_ONEDNN or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+            return False
+        if self.training and not torch.is_grad_enabled():
             return False
         mlp = self.mlp
         inside = (*self.children(), *mlp.children())
         return (
-            HAS_ONEDNN
-            and not torch.is_autocast_enabled("cpu")
+            all(tensor.dtype == torch.float32 for tensor in (x, *parameters))
             and type(self.norm) in (LayerNorm, LayerNorm2d)
             and type(mlp) is Mlp
             and type(mlp.act) in (GELU, nn.GELU)
             and isinstance(self.shortcut, nn.Identity)
-            and (is_compiled_for_inference() or may_keep(x, self._folding()))
-            and all(parameter.dtype == x.dtype for parameter in self._folding())
+            and not any(dropout.p for dropout in (mlp.drop1, mlp.drop2))
             and not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
         )
 
@@ -95,6 +104,97 @@ def fold(parameters: list[Tensor]) -> tuple[Tensor, ...]:
     return pack(weight1.float()), bias1.float(), pack(weight2.float()), bias2.float()
 
 
+def piece_size(x: Tensor, weight1: Tensor) -> int:
+    """Returns the number of images like ``x`` (B, C, H, W) that go through the linear layers at once."""
+    return max(1, PIECE_BYTES // (weight1.shape[0] * x.shape[2] * x.shape[3] * x.element_size()))
+
+
+class Pointwise(torch.autograd.Function):
+    """What a block makes of its convolution's output, without the residual, with gradients.
+
+    Saved for the backward pass are the input, which its convolution does not need, and the hidden features before GELU,
+    the norm's mean and deviation. timm's block saves the hidden features after GELU and the outputs of the norm and of
+    the second layer as well: here they are computed again, or not needed. The batch goes through in pieces that stay
+    in the cache.
+
+    Called with ``x, eps, *parameters``; see `fold`.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
+        norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
+        weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
+        for scale in gamma:
+            weight2, bias2 = scale[:, None] * weight2, scale * bias2
+        saved, outputs = [], []
+        for piece in x.permute(0, 2, 3, 1).split(piece_size(x, weight1)):
+            piece, mean, deviation = torch.native_layer_norm(piece, piece.shape[-1:], norm_weight, norm_bias, eps)
+            hidden = F.linear(piece, weight1, bias1)
+            outputs.append(F.linear(F.gelu(hidden), weight2, bias2))
+            saved += hidden, mean, deviation
+        ctx.count, ctx.eps = len(saved), eps
+        ctx.save_for_backward(x, *saved, *parameters)
+        return torch.cat(outputs).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, *saved = ctx.saved_tensors
+        saved, parameters = saved[: ctx.count], saved[ctx.count :]
+        if torch.is_grad_enabled():  # for another backward pass
+            return differentiable_gradients(x, ctx.eps, parameters, grad)
+        norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
+        shape1, shape2 = weight1.shape, weight2.shape
+        weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
+        scaled2 = gamma[0][:, None] * weight2 if gamma else weight2
+        grads = [torch.zeros_like(p) for p in (norm_weight, norm_bias, weight1, bias1, weight2, bias2)]
+        grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = grads
+        size, outputs = piece_size(x, weight1), []
+        images, grads_out = (tensor.permute(0, 2, 3, 1).split(size) for tensor in (x, grad))
+        for i, (piece, grad_out) in enumerate(zip(images, grads_out)):
+            hidden, mean, deviation = saved[3 * i : 3 * i + 3]
+            rows = grad_out.reshape(-1, grad_out.shape[-1])
+            grad_bias2 += rows.sum(0)
+            grad_weight2.addmm_(rows.t(), F.gelu(hidden).flatten(0, 2))
+            grad_hidden = torch.ops.aten.gelu_backward(torch.mm(rows, scaled2).view_as(hidden), hidden).flatten(0, 2)
+            grad_bias1 += grad_hidden.sum(0)
+            normed = torch.native_layer_norm(piece, piece.shape[-1:], norm_weight, norm_bias, ctx.eps)
+            grad_weight1.addmm_(grad_hidden.t(), normed[0].flatten(0, 2))
+            grad_piece, *grad_norm = torch.ops.aten.native_layer_norm_backward(
+                torch.mm(grad_hidden, weight1).view_as(piece),
+                piece,
+                piece.shape[-1:],
+                mean,
+                deviation,
+                norm_weight,
+                norm_bias,
+                [True, True, True],
+            )
+            grad_norm_weight += grad_norm[0]
+            grad_norm_bias += grad_norm[1]
+            outputs.append(grad_piece)
+        grad_gamma = []
+        for scale in gamma:
+            # Of the output's gradient G and the layer's output z: Σ G·z = Σ G·(W h + b), without z.
+            grad_gamma.append((grad_weight2 * weight2).sum(1) + grad_bias2 * bias2)
+            grad_weight2 *= scale[:, None]
+            grad_bias2 *= scale
+        grads[2], grads[4] = grad_weight1.view(shape1), grad_weight2.view(shape2)
+        return torch.cat(outputs).permute(0, 3, 1, 2), None, *grads, *grad_gamma
+
+
+def differentiable_gradients(x: Tensor, eps: float, parameters: list[Tensor], grad: Tensor) -> tuple:
+    """Returns the gradients for the arguments of `Pointwise`, as functions of these and of the output's gradient."""
+    norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
+    y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
+    y = F.linear(F.gelu(F.linear(y, weight1.flatten(1), bias1)), weight2.flatten(1), bias2)
+    for scale in gamma:
+        y = y * scale
+    wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad.permute(0, 2, 3, 1), create_graph=True))
+    grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in (x, *parameters))
+    return grad_x, None, *grads
+
+
 def pointwise(x: Tensor, shortcut: Tensor, eps: float, parameters: list[Tensor]) -> Tensor:
     """Returns what a block makes of its convolution's output: norm, both linear layers, layer scale and residual.
 
@@ -105,8 +205,7 @@ def pointwise(x: Tensor, shortcut: Tensor, eps: float, parameters: list[Tensor])
         parameters: See `fold`.
     """
     weight1, bias1, weight2, bias2 = derived(parameters, "folded", 1, lambda: fold(parameters))
-    size = max(1, PIECE_BYTES // (bias1.numel() * x.shape[2] * x.shape[3] * x.element_size()))
-    pieces = []
+    size, pieces = piece_size(x, bias1), []
     for piece, residual in zip(x.permute(0, 2, 3, 1).split(size), shortcut.permute(0, 2, 3, 1).split(size)):
         piece = F.layer_norm(piece, piece.shape[-1:], eps=eps)
         piece = torch.ops.mkldnn._linear_pointwise(piece, weight1, bias1, "gelu", [], "none")

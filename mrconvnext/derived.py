@@ -91,9 +91,7 @@ def define_operation(name: str, schema: str, function: Callable, output: Callabl
     torch.library.register_fake(name, output)
 
 
-def may_keep(x: Tensor, parameters: list[Tensor]) -> bool:
-    """Returns whether values derived from ``parameters`` may be kept for calls like this one with ``x``."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or not is_eager(x):
-        return False
+def is_ordinary(x: Tensor, parameters: list[Tensor]) -> bool:
+    """Returns whether ``x`` and ``parameters`` are plain tensors and parameters, in eager mode."""
     # Functional calls put tensors of other kinds in the place of parameters.
-    return all(isinstance(p, nn.Parameter) for p in parameters)
+    return type(x) is Tensor and is_eager(x) and all(isinstance(p, nn.Parameter) for p in parameters)

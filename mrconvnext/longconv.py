@@ -214,15 +214,29 @@ def branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
 
 def _branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
     power, n = _energy_power(correlation, kernels)
-    return torch.stack([_energy(_spectrum_parts(kernel, n), power, n) for kernel in kernels])
+    energies: list[Tensor] = []
+    for kernel in kernels:
+        step = _frequency_step(kernel, correlation, n)
+        energies.append(_energy(_spectrum_parts(kernel, n // step), _every(power, step), n // step))
+    return torch.stack(energies)
 
 
 def _energy_power(correlation: Tensor, kernels: list[Tensor]) -> tuple[Tensor, int]:
     """Returns the power spectrum of sequences, each value twice as `_spectrum_parts` has two, and its FFT length n."""
     taps = max([kernel.shape[-1] for kernel in kernels])
-    n = fft_length(taps + correlation.shape[-1] - 1)
+    n = 2 * fft_length((taps + correlation.shape[-1]) // 2)
     power = (2 * torch.fft.rfft(correlation, n).real - correlation[:, :1]).clamp(min=0).to(kernels[0].dtype)
     return torch.stack([power, power], -1).flatten(1), n
+
+
+def _frequency_step(kernel: Tensor, correlation: Tensor, n: int) -> int:
+    """Returns 2 if every second of n frequencies is enough for a kernel as short as this one, else 1."""
+    return 2 if kernel.shape[-1] + correlation.shape[-1] - 1 <= n // 2 else 1
+
+
+def _every(parts: Tensor, step: int) -> Tensor:
+    """Returns the view of every ``step``-th frequency in parts (C, 2·F) as `_spectrum_parts` lays them out."""
+    return parts.unflatten(1, (-1, 2))[:, ::step].flatten(1)
 
 
 def _spectrum_parts(kernel: Tensor, n: int) -> Tensor:
@@ -253,15 +267,19 @@ class _BranchEnergies(torch.autograd.Function):
         correlation, *kernels = ctx.saved_tensors
         power, n = _energy_power(correlation, kernels)
         power *= 2
-        squares = torch.zeros_like(power)
+        powers = {1: power, 2: _every(power, 2)}
+        squares = {step: torch.zeros_like(power) for step, power in powers.items()}
         grad_kernels = []
         for kernel, own in zip(kernels, grad.unsqueeze(-1)):
-            parts = _spectrum_parts(kernel, n)
+            step = _frequency_step(kernel, correlation, n)
+            parts = _spectrum_parts(kernel, n // step)
             scaled = parts * own
-            squares.addcmul_(parts, scaled)
-            product = torch.view_as_complex(scaled.mul_(power).unflatten(1, (-1, 2)))
-            grad_kernels.append(torch.fft.irfft(product, n)[:, : kernel.shape[-1]])
-        squares = squares[:, ::2] + squares[:, 1::2]
-        grad_correlation = 2 * torch.fft.irfft(squares, n)[:, : correlation.shape[1]].to(torch.float64)
+            squares[step].addcmul_(parts, scaled)
+            product = torch.view_as_complex(scaled.mul_(powers[step]).unflatten(1, (-1, 2)))
+            grad_kernels.append(torch.fft.irfft(product, n // step)[:, : kernel.shape[-1]])
+        # Half as many frequencies count twice.
+        total = squares[1].unflatten(1, (-1, 2)).sum(-1)
+        total[:, ::2] += 2 * squares[2].unflatten(1, (-1, 2)).sum(-1)
+        grad_correlation = 2 * torch.fft.irfft(total, n)[:, : correlation.shape[1]].to(torch.float64)
         grad_correlation[:, 0] /= 2
         return grad_correlation, *grad_kernels

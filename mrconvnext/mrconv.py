@@ -15,7 +15,7 @@ import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from .derived import DropsDerived, is_compiled_for_inference, is_eager, may_keep
+from .derived import DropsDerived, is_compiled_for_inference, is_eager, is_ordinary
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -428,7 +428,7 @@ class MRConv2d(DropsDerived):
 
     def _forward_deployed(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if may_keep(x, [self.kernel, self.bias]):
+            if not torch.is_grad_enabled() and is_ordinary(x, [self.kernel, self.bias]):
                 return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
             if is_compiled_for_inference():
                 return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
