@@ -62,7 +62,7 @@ KILLED = -9  # status of a process that the system killed
 TRAINED = {"running_mean": (-0.5, 0.5), "running_var": (0.3, 2.0), "alpha": (-1.0, 1.0), "gamma": (0.5, 1.5)}
 
 # The columns on the screen; the files have more.
-SHOWN = ("model", "form", "batch_size", "img_size", "images_per_s", "ms", "ratio")
+SHOWN = ("model", "form", "batch_size", "img_size", "images_per_s", "ms", "ratio", "first_ms")
 SHOWN += ("parameters", "gflops", "memory_mib", "memory_ratio", "error", "note")
 
 
@@ -76,6 +76,7 @@ class Row:
     img_size: int
     ms: list[float] = dataclasses.field(default_factory=list)  # of a forward pass or a training step, one a round
     memory_mib: list[float] = dataclasses.field(default_factory=list)  # peak, one a fresh process
+    first_ms: Optional[float] = None  # of the first forward pass, which derives what is kept from the weights
     parameters: Optional[int] = None
     gflops: Optional[float] = None
     gflops_per_pass: Optional[float] = None
@@ -224,6 +225,7 @@ def pass_in_turns(rows: list[Row], args: argparse.Namespace, argv: list[str], do
             with failures_noted(row):
                 step = make_step(row, make_images(row, args), args)
                 seconds = [timed(step, args) for _ in range(WARM_UP)]
+                row.first_ms = 1000 * seconds[0]
                 turns.append((row, step, max(1, round(TURN_SECONDS / seconds[-1]))))
     for i in range(args.rounds):
         for row, step, passes in turns:
@@ -468,7 +470,8 @@ def columns(row: Row, reference: Optional[Row]) -> dict[str, Any]:
     line |= spread("ratio", [theirs / ours for ours, theirs in zip(row.ms, times)])
     line |= spread("memory_mib", row.memory_mib)
     line |= spread("memory_ratio", [ours / theirs for ours, theirs in zip(row.memory_mib, memories) if theirs > 0])
-    return line | {name: getattr(row, name) for name in ("parameters", "gflops", "gflops_per_pass", "error", "note")}
+    rest = ("first_ms", "parameters", "gflops", "gflops_per_pass", "error", "note")
+    return line | {name: getattr(row, name) for name in rest}
 
 
 def spread(name: str, values: list[float]) -> dict[str, Optional[float]]:

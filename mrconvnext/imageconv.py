@@ -99,9 +99,11 @@ def convolve_small_images(x: Tensor, factors: tuple, matrices: tuple, bias: Tens
     """Returns images (B, C, H, W) convolved by matrices, a few at a time; see `convolve_by_matrices`."""
     y = torch.empty_like(x)
     size = max(1, PIECE_BYTES // (factors[0].numel() * 2 * x.element_size()))
-    images, outputs = (tensor.permute(0, 2, 3, 1).split(size) for tensor in (x, y))
-    for piece, out in zip(images, outputs):
-        out.copy_(convolve_by_matrices(piece, matrices, factors, bias))
+    images, outputs = (tensor.permute(0, 2, 3, 1) for tensor in (x, y))
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[0], size):
+            piece = images[start : start + size]
+            outputs[start : start + size] = convolve_by_matrices(piece, matrices, factors, bias)
     return y
 
 

@@ -67,6 +67,8 @@ def main() -> None:
     difference = (deployed_logits - logits).abs().max().item()
     print(f"deployed: one kernel a layer; {same} of {len(logits)} predictions the same,")
     print(f"  logits differ by at most {difference:.1e}, the largest is {logits.abs().max().item():.1f}")
+    same, count = agreement_in_bfloat16(deployed, torch.cat([train_images, test_images]))
+    print(f"  under bfloat16 autocast {same} of all {count} predictions are the same as in float32")
     training_ms, deployed_ms = time_models([model, deployed], test_images[:64])
     print(f"  64 images take {deployed_ms:.0f} ms, in training form {training_ms:.0f} ms")
 
@@ -125,6 +127,13 @@ def accuracy_without_branches(model: nn.Module, images: Tensor, labels: Tensor) 
     for alpha, value in zip(alphas, trained):
         alpha.copy_(value)
     return result
+
+
+def agreement_in_bfloat16(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Returns how many predictions bfloat16 autocast leaves the same, and of how many."""
+    expected = predict(model, images).argmax(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        return (predict(model, images).argmax(1) == expected).sum().item(), len(images)
 
 
 def time_models(models: list[nn.Module], images: Tensor, rounds: int = 7) -> list[float]:

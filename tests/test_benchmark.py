@@ -85,6 +85,7 @@ def test_every_model_has_its_forms_and_its_reference(one_process: None, tmp_path
         (FIXED_SIZE, "default"),
     ]
     assert float(rows[CONVNEXT, "fast blocks", "2"]["error"]) < 1e-5
+    assert all(float(row["first_ms"]) > 0 for row in rows.values())
     assert float(rows[CONVNEXT, "default", "2"]["ratio"]) == 1
     assert float(rows[FIXED_SIZE, "default", "2"]["ratio"]) > 0
 
@@ -142,11 +143,12 @@ def test_training_steps(one_process: None, tmp_path: Path) -> None:
     parseval = f"{OURS}:branch_norm=parseval"
     assert benchmark.main(arguments(tmp_path, "--train", "--steps", "2", models=(OURS, parseval, CONVNEXT))) == 0
     rows = rows_of(tmp_path)
-    forms = {(CONVNEXT, "default"), (CONVNEXT, "conv_mlp"), (OURS, "training form"), (parseval, "training form")}
+    forms = {(CONVNEXT, form) for form in ("default", "conv_mlp", "fast blocks")}
+    forms |= {(OURS, "training form"), (parseval, "training form")}
     assert {key[:2] for key in rows} == forms and float(rows[OURS, "training form", "2"]["ratio"]) == 1
     assert all(float(row["ratio"]) > 0 and row["mode"] == "training step" for row in rows.values())
     full = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [len(row["rounds_ms"]) for row in full["rows"]] == [3, 3, 3, 3]
+    assert [len(row["rounds_ms"]) for row in full["rows"]] == [3] * 5
 
 
 def test_autocast_and_channels_last(one_process: None, tmp_path: Path) -> None:
