@@ -129,8 +129,8 @@ class Pointwise(torch.autograd.Function):
         saved, outputs = [], []
         for piece in x.permute(0, 2, 3, 1).split(piece_size(x, weight1)):
             piece, mean, deviation = torch.native_layer_norm(piece, piece.shape[-1:], norm_weight, norm_bias, eps)
-            hidden = F.linear(piece, weight1, bias1)
-            outputs.append(F.linear(F.gelu(hidden), weight2, bias2))
+            hidden = torch.ops.mkldnn._linear_pointwise(piece, weight1, bias1, "none", [], "none")
+            outputs.append(torch.ops.mkldnn._linear_pointwise(F.gelu(hidden), weight2, bias2, "none", [], "none"))
             saved += hidden, mean, deviation
         ctx.count, ctx.eps = len(saved), eps
         ctx.save_for_backward(x, *saved, *parameters)
