@@ -93,5 +93,10 @@ def define_operation(name: str, schema: str, function: Callable, output: Callabl
 
 def is_ordinary(x: Tensor, parameters: list[Tensor]) -> bool:
     """Returns whether ``x`` and ``parameters`` are plain tensors and parameters, in eager mode."""
-    # Functional calls put tensors of other kinds in the place of parameters.
-    return type(x) is Tensor and is_eager(x) and all(isinstance(p, nn.Parameter) for p in parameters)
+    # Functional calls put tensors of other kinds in the place of parameters; what is derived from those made in
+    # inference mode can't be kept.
+    return (
+        type(x) is Tensor
+        and is_eager(x)
+        and all(isinstance(p, nn.Parameter) and not p.is_inference() for p in parameters)
+    )
