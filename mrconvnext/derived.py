@@ -71,7 +71,8 @@ def is_eager(x: Tensor) -> bool:
 
 def is_compiled_for_inference() -> bool:
     """Returns whether ``torch.compile`` traces this call for a run without gradients, which operations have none of."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled()
+    # A strict export is Dynamo's too, which under torch 2.9 and 2.10 can't be asked; the default export is not.
+    return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
 
 
 def define_operation(name: str, schema: str, function: Callable, output: Callable) -> None:
