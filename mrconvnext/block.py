@@ -8,7 +8,7 @@ from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from .derived import DropsDerived, define_operation, derived, is_compiled_for_inference, is_ordinary
+from .derived import DropsDerived, define_operation, derived, is_compiled_for_inference, is_eager, is_ordinary
 
 # Of a piece's hidden features, the largest that the pointwise layers make: they should stay in the cache.
 PIECE_BYTES = 6 * 2**20
@@ -55,6 +55,7 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
     def _fast_forward(self, x: Tensor) -> Tensor:
         eps, parameters = self.norm.eps, self._folding()
         if torch.is_grad_enabled():
+            self._drop_derived()  # some optimizers' steps, which follow, can't be seen
             return self.drop_path(Pointwise.apply(self.conv_dw(x), eps, *parameters)) + x
         if is_compiled_for_inference():
             return torch.ops.mrconvnext.pointwise(self.conv_dw(x), x, eps, parameters)
@@ -62,23 +63,33 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
 
     def _is_fast(self, x: Tensor) -> bool:
         """Returns whether `_fast_forward` computes what the modules do, and faster."""
+        if not (is_compiled_for_inference() or is_eager(x)):
+            return False
+        if not HAS_ONEDNN or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not self._is_convnexts():
+            return False
+        if not torch.is_grad_enabled() and (self.training or is_random(self.drop_path)):
+            return False
         parameters = self._folding()
-        if not (is_compiled_for_inference() or is_ordinary(x, parameters)):
-            return False
-        if not HAS_ONEDNN or x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or x.numel() == 0:
-            return False
-        if self.training and not torch.is_grad_enabled():
-            return False
-        mlp = self.mlp
-        inside = (*self.children(), *mlp.children())
+        return (is_compiled_for_inference() or is_ordinary(x, parameters)) and all(
+            tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in (x, *parameters)
+        )
+
+    def _is_convnexts(self) -> bool:
+        """Returns whether the modules are those of ConvNeXt, and nobody looks into them or has changed them."""
+        norm, mlp = self.norm, self.mlp
         return (
-            all(tensor.dtype == torch.float32 for tensor in (x, *parameters))
-            and type(self.norm) in (LayerNorm, LayerNorm2d)
+            type(norm) in (LayerNorm, LayerNorm2d)
             and type(mlp) is Mlp
+            and type(mlp.fc1) in (nn.Linear, nn.Conv2d)
+            and type(mlp.fc2) in (nn.Linear, nn.Conv2d)
+            and type(mlp.norm) is nn.Identity
             and type(mlp.act) in (GELU, nn.GELU)
+            and getattr(mlp.act, "approximate", "none") == "none"
             and isinstance(self.shortcut, nn.Identity)
-            and not any(dropout.p for dropout in (mlp.drop1, mlp.drop2))
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+            and not is_random(mlp.drop1)
+            and not is_random(mlp.drop2)
+            and all(tensor is not None for tensor in (norm.weight, norm.bias, mlp.fc1.bias, mlp.fc2.bias))
+            and not any(is_watched(module) for module in (norm, mlp, *mlp.children()))
         )
 
     def _folding(self) -> list[Tensor]:
@@ -86,6 +97,17 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
         mlp = self.mlp
         gamma = [] if self.gamma is None else [self.gamma]
         return [self.norm.weight, self.norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, *gamma]
+
+
+def is_random(module: nn.Module) -> bool:
+    """Returns whether a dropout or drop path is more than an identity."""
+    return type(module) is not nn.Identity and module.training and getattr(module, "p", 1) != 0
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Returns whether somebody has hooked into a module or replaced its forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(own) > 0 for own in hooks) or "forward" in module.__dict__
 
 
 def fold(parameters: list[Tensor]) -> tuple[Tensor, ...]:
@@ -121,6 +143,7 @@ class Pointwise(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
         norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
         weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
@@ -137,6 +160,7 @@ class Pointwise(torch.autograd.Function):
         return torch.cat(outputs).permute(0, 3, 1, 2)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
         saved, parameters = saved[: ctx.count], saved[ctx.count :]
@@ -184,6 +208,8 @@ class Pointwise(torch.autograd.Function):
 
 def differentiable_gradients(x: Tensor, eps: float, parameters: list[Tensor], grad: Tensor) -> tuple:
     """Returns the gradients for the arguments of `Pointwise`, as functions of these and of the output's gradient."""
+    # Views: the gradients are for these arguments alone, not for what they in turn come from.
+    x, *parameters = (tensor.view_as(tensor) for tensor in (x, *parameters))
     norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
     y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], norm_weight, norm_bias, eps)
     y = F.linear(F.gelu(F.linear(y, weight1.flatten(1), bias1)), weight2.flatten(1), bias2)

@@ -37,8 +37,8 @@ def derived(parameters: list[Tensor], key: Hashable, size: int, compute: Callabl
         with torch.inference_mode(False), torch.no_grad():
             entry = state, [weakref.ref(p) for p in parameters], [p.detach() for p in parameters], compute()
     entries[key] = entry
-    if len(entries) > size:
-        del entries[next(iter(entries))]
+    while len(entries) > size:
+        entries.pop(list(entries)[0], None)  # threads may do so at the same time
     return entry[-1]
 
 

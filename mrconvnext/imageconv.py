@@ -71,8 +71,8 @@ def channel_sums(x: Tensor) -> Tensor:
 
 def batch_sum(x: Tensor) -> Tensor:
     """Returns the sum (1, C, H, W) of images (B, C, H, W)."""
-    total = torch.zeros_like(x[:1])
-    for image in x.split(1):  # ``x.sum(0)`` takes 20 times as long in channels-last order
+    total = torch.zeros_like(x[:1]) if len(x) else x.new_zeros((1, *x.shape[1:]))
+    for image in x.split(1) if len(x) else ():  # ``x.sum(0)`` takes 20 times as long in channels-last order
         total += image
     return total
 

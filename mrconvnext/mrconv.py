@@ -430,6 +430,8 @@ class MRConv2d(DropsDerived):
         if not torch.jit.is_scripting():
             if not torch.is_grad_enabled() and is_ordinary(x, [self.kernel, self.bias]):
                 return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
+            if is_eager(x):
+                self._drop_derived()  # with gradients: some optimizers' steps, which follow, can't be seen
             if is_compiled_for_inference():
                 return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)

@@ -120,6 +120,62 @@ def test_leaves_the_fast_path_where_it_would_change_what_a_user_sees() -> None:
     assert len(seen) == 5
 
 
+def lora(linear: nn.Module) -> nn.Module:
+    class LowRank(type(linear)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    linear.__class__ = LowRank
+    return linear
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.mlp, "fc1", lora(block.mlp.fc1)),
+        lambda block: setattr(block.mlp, "act", nn.GELU(approximate="tanh")),
+        lambda block: setattr(block.mlp, "norm", nn.Sigmoid()),
+        lambda block: setattr(block.mlp.fc2, "forward", lambda x: x[:, :16]),
+        lambda block: setattr(block.mlp, "drop1", nn.Identity()),
+    ],
+    ids=["subclass", "tanh", "norm", "forward", "identity"],
+)
+def test_modules_that_a_user_changed_are_run(change) -> None:
+    plain, fast = fast_convnext(conv_mlp=True, dims=(16, 16, 16, 16))
+    for model in (plain, fast):
+        for block in (b for stage in model.stages for b in stage.blocks):
+            change(block)
+    x = torch.randn(2, 3, 64, 64)
+    assert_agree(fast(x), plain(x), 1e-6)
+    with torch.no_grad():
+        assert_agree(fast(x), plain(x), 1e-6)
+
+
+def test_optimizer_steps_that_move_no_version() -> None:
+    _, fast = fast_convnext()
+    x = torch.randn(2, 3, 64, 64)
+    optimizer = torch.optim.AdamW(fast.parameters(), lr=1e-2, fused=True)
+    with torch.no_grad():
+        fast(x)
+    fast(x).square().sum().backward()
+    optimizer.step()
+    expected = fast(x).detach()
+    with torch.no_grad():
+        assert_agree(fast(x), expected)
+
+
+def test_gradients_of_a_block_used_twice() -> None:
+    plain, fast = fast_convnext()
+    found = []
+    for model in (plain, fast):
+        block = model.stages[0].blocks[0]
+        x = torch.linspace(-1, 1, 16 * 8 * 8).view(1, 16, 8, 8)
+        loss = block(block(x)).square().sum()
+        found.append(torch.autograd.grad(loss, list(block.parameters()), create_graph=True))
+    for a, b in zip(*found):
+        assert_agree(b.detach(), a.detach(), 1e-4)
+
+
 @torch.no_grad()
 def test_copies_and_pickles_carry_no_folded_weights() -> None:
     _, fast = fast_convnext()
