@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .derived import DropsDerived, define_operation, derived, is_compiled_for_inference, is_eager, is_ordinary
 
@@ -43,7 +44,7 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
         self.gamma = block.gamma
         self.shortcut = block.shortcut
         self.drop_path = block.drop_path
-        self.train(block.training)
+        self.training = block.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the block's output (B, C, H, W) for images of that size."""
@@ -55,7 +56,6 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
     def _fast_forward(self, x: Tensor) -> Tensor:
         eps, parameters = self.norm.eps, self._folding()
         if torch.is_grad_enabled():
-            self._drop_derived()  # some optimizers' steps, which follow, can't be seen
             return self.drop_path(Pointwise.apply(self.conv_dw(x), eps, *parameters)) + x
         if is_compiled_for_inference():
             return torch.ops.mrconvnext.pointwise(self.conv_dw(x), x, eps, parameters)
@@ -89,6 +89,7 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
             and not is_random(mlp.drop1)
             and not is_random(mlp.drop2)
             and all(tensor is not None for tensor in (norm.weight, norm.bias, mlp.fc1.bias, mlp.fc2.bias))
+            and not _has_any_global_hook()
             and not any(is_watched(module) for module in (norm, mlp, *mlp.children()))
         )
 
@@ -149,21 +150,22 @@ class Pointwise(torch.autograd.Function):
         weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
         for scale in gamma:
             weight2, bias2 = scale[:, None] * weight2, scale * bias2
+        ctx.size, ctx.eps = piece_size(x, weight1), eps
         saved, outputs = [], []
-        for piece in x.permute(0, 2, 3, 1).split(piece_size(x, weight1)):
+        for piece in x.permute(0, 2, 3, 1).split(ctx.size):
             piece, mean, deviation = torch.native_layer_norm(piece, piece.shape[-1:], norm_weight, norm_bias, eps)
             hidden = torch.ops.mkldnn._linear_pointwise(piece, weight1, bias1, "none", [], "none")
             outputs.append(torch.ops.mkldnn._linear_pointwise(F.gelu(hidden), weight2, bias2, "none", [], "none"))
             saved += hidden, mean, deviation
-        ctx.count, ctx.eps = len(saved), eps
-        ctx.save_for_backward(x, *saved, *parameters)
+        ctx.save_for_backward(x, *parameters, *saved)
         return torch.cat(outputs).permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple:
         x, *saved = ctx.saved_tensors
-        saved, parameters = saved[: ctx.count], saved[ctx.count :]
+        count = len(ctx.needs_input_grad) - 2
+        parameters, saved = saved[:count], saved[count:]
         if torch.is_grad_enabled():  # for another backward pass
             return differentiable_gradients(x, ctx.eps, parameters, grad)
         norm_weight, norm_bias, weight1, bias1, weight2, bias2, *gamma = parameters
@@ -172,8 +174,8 @@ class Pointwise(torch.autograd.Function):
         scaled2 = gamma[0][:, None] * weight2 if gamma else weight2
         grads = [torch.zeros_like(p) for p in (norm_weight, norm_bias, weight1, bias1, weight2, bias2)]
         grad_norm_weight, grad_norm_bias, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = grads
-        size, outputs = piece_size(x, weight1), []
-        images, grads_out = (tensor.permute(0, 2, 3, 1).split(size) for tensor in (x, grad))
+        outputs = []
+        images, grads_out = (tensor.permute(0, 2, 3, 1).split(ctx.size) for tensor in (x, grad))
         for i, (piece, grad_out) in enumerate(zip(images, grads_out)):
             hidden, mean, deviation = saved[3 * i : 3 * i + 3]
             rows = grad_out.reshape(-1, grad_out.shape[-1])

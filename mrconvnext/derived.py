@@ -5,26 +5,38 @@ And when they may be: in eager mode, or as operations of their own, without grad
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # By the first of the parameters: values live no longer than it does, and no module has to carry, copy or save them.
 _kept = WeakTensorKeyDictionary()
 
+# Some optimizers' steps, the fused ones', move no version.
+register_optimizer_step_post_hook(lambda *_: _kept.clear())
 
-def derived(parameters: list[Tensor], key: Hashable, size: int, compute: Callable[[], Any]) -> Any:
+
+class _Entry(NamedTuple):
+    state: list[tuple]
+    identity: list[weakref.ref]
+    data: list[Tensor]  # held so that its address can't come back
+    value: Any
+
+
+def derived(parameters: list[Tensor], key: Hashable, keys: int, compute: Callable[[], Any]) -> Any:
     """Returns ``compute()``, or what it returned for this key if the parameters are still the same.
 
-    An in-place update moves a parameter's version, a replaced parameter its identity, replaced data the address,
-    which can't come back while the entry holds the old data.
+    An in-place update moves a parameter's version, a replaced parameter its identity, replaced data the address. All
+    values are dropped when an optimizer takes a step.
 
     Args:
         parameters: What the value is computed from.
         key: What else it depends on.
-        size: Number of keys that values are kept for.
+        keys: Number of keys that values are kept for.
         compute: Computes the value.
     """
     # They have no version. And what is made in inference mode could not be used outside of it later on.
@@ -33,13 +45,14 @@ def derived(parameters: list[Tensor], key: Hashable, size: int, compute: Callabl
     entries = _kept.setdefault(parameters[0], {})
     state = [(p._version, p.data_ptr(), p.device, p.dtype) for p in parameters]
     entry = entries.pop(key, None)
-    if entry is None or entry[0] != state or any(a() is not b for a, b in zip(entry[1], parameters)):
+    if entry is None or entry.state != state or any(a() is not b for a, b in zip(entry.identity, parameters)):
         with torch.inference_mode(False), torch.no_grad():
-            entry = state, [weakref.ref(p) for p in parameters], [p.detach() for p in parameters], compute()
+            identity, data = [weakref.ref(p) for p in parameters], [p.detach() for p in parameters]
+            entry = _Entry(state, identity, data, compute())
     entries[key] = entry
-    while len(entries) > size:
+    while len(entries) > keys:
         entries.pop(list(entries)[0], None)  # threads may do so at the same time
-    return entry[-1]
+    return entry.value
 
 
 def derived_count(parameter: Tensor) -> int:
@@ -64,9 +77,12 @@ class DropsDerived(nn.Module):
 
 
 def is_eager(x: Tensor) -> bool:
-    """Returns whether ``x`` is computed with right now, neither traced nor compiled."""
+    """Returns whether ``x`` is computed with right now: neither traced, compiled nor transformed as by torch.func."""
     # FX passes proxies, some other tools tensors of their own kind.
-    return isinstance(x, Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # Transforms of functions, and tangents of forward-mode differentiation.
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0
 
 
 def is_compiled_for_inference() -> bool:

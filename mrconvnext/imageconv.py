@@ -71,22 +71,25 @@ def channel_sums(x: Tensor) -> Tensor:
 
 def batch_sum(x: Tensor) -> Tensor:
     """Returns the sum (1, C, H, W) of images (B, C, H, W)."""
-    total = torch.zeros_like(x[:1]) if len(x) else x.new_zeros((1, *x.shape[1:]))
-    for image in x.split(1) if len(x) else ():  # ``x.sum(0)`` takes 20 times as long in channels-last order
+    if len(x) == 0:
+        return x.new_zeros((1, *x.shape[1:]))
+    total = torch.zeros_like(x[:1])
+    for image in x.split(1):  # ``x.sum(0)`` takes 20 times as long in channels-last order
         total += image
     return total
 
 
-def convolve_images(x: Tensor, kernel_spectrum: Tensor, constant: Tensor, guard: int) -> Tensor:
+def convolve_images(x: Tensor, kernel_spectrum: Tensor, n: int, bias: Tensor, guard: int) -> Tensor:
     """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
     Args:
         x: Images (B, C, H, W).
         kernel_spectrum: The kernel's `longconv.centred_spectrum` (C, n // 2 + 1).
-        constant: The bias (C) times the FFT length n.
+        n: The FFT length.
+        bias: Bias (C).
         guard: Columns of zeros between rows.
     """
-    sequences, zero = Sequences(x, guard), x.new_zeros(())
+    sequences, zero, constant = Sequences(x, guard), x.new_zeros(()), n * bias
     y = torch.empty_like(x)
     for piece, out in zip(sequences.pieces(x), sequences.pieces(y)):
         product = sequences.spectrum(piece, zero).mul_(kernel_spectrum)
@@ -120,17 +123,18 @@ def convolve_deployed(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, 
         guard: Columns of zeros between rows.
     """
     height, width = x.shape[2:]
-    small, n = is_small(x, guard), image_fft_length(x, guard)
+    small = is_small(x, guard)
 
     def compute() -> tuple:
         placed = place_kernel(kernel, row_stride, x, guard).to(x.dtype)
         if small:
             return kernel_factors(placed, height, width + guard), transforms(height, width, guard, x)
-        return centred_spectrum(placed, n)
+        n = image_fft_length(x, guard)
+        return centred_spectrum(placed, n), n
 
     kept = derived([kernel], (height, width, row_stride, guard, x.dtype), 2, compute)
     bias = bias.to(x.dtype)
-    return convolve_small_images(x, *kept, bias) if small else convolve_images(x, kept, n * bias, guard)
+    return convolve_small_images(x, *kept, bias) if small else convolve_images(x, *kept, bias, guard)
 
 
 define_operation(
@@ -149,9 +153,9 @@ class AdaptiveConvolution(torch.autograd.Function):
     again.
 
     Called with ``mean_of, merge, guard, x, *parameters``. ``mean_of(sums)`` returns the mean (C) and the number of
-    pixels that it is taken over for the `channel_sums` of the images ``x``; ``merge(x, correlation, mean, count)``
-    the kernel (C, 2·M − 1) and bias (C) for the autocorrelation (C, H·(W + guard)) of the images less their mean.
-    ``parameters`` are the tensors that these use beside their arguments.
+    pixels that it is taken over for the `channel_sums` of the images ``x``;
+    ``merge(parameters, x, correlation, mean, count)`` the kernel (C, 2·M − 1) and bias (C) for the autocorrelation
+    (C, H·(W + guard)) of the images less their mean.
     """
 
     @staticmethod
@@ -170,8 +174,10 @@ class AdaptiveConvolution(torch.autograd.Function):
             power.addcmul_(image, image)
         correlation = correlation_of(power[..., 0] + power[..., 1], sequences.n, sequences.length).requires_grad_()
         with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
-            kernel, bias = merge(x, correlation, own_mean, count)
-        ctx.graph = (kernel, bias), (correlation, own_mean), (mean, sums)
+            # Views: hooks of the parameters are for their gradients as a whole, once.
+            parameters = [parameter.view_as(parameter) for parameter in parameters]
+            kernel, bias = merge(parameters, x, correlation, own_mean, count)
+        ctx.graph = (kernel, bias), (correlation, own_mean, *parameters), (mean, sums)
         kernel, bias = kernel.detach(), bias.detach()
 
         kernel_spectrum = centred_spectrum(kernel, sequences.n)
@@ -181,7 +187,7 @@ class AdaptiveConvolution(torch.autograd.Function):
         for out in sequences.pieces(y):
             own = spectra.pop(0)
             out.copy_(sequences.image(torch.addcmul(constant, own, kernel_spectrum, out=own)))
-        ctx.guard, ctx.parameters = guard, parameters
+        ctx.guard = guard
         ctx.save_for_backward(x)
         return y
 
@@ -189,7 +195,8 @@ class AdaptiveConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        (kernel, bias), (correlation, own_mean), (mean, sums) = ctx.graph
+        (kernel, bias), inputs, (mean, sums) = ctx.graph
+        own_mean = inputs[1]
         centre, zero = own_mean.detach()[:, None, None], x.new_zeros(())
         sequences = Sequences(x, ctx.guard)
         n = sequences.n
@@ -209,7 +216,7 @@ class AdaptiveConvolution(torch.autograd.Function):
         cross += centre[..., 0] * sequences.ones().conj() * grad_total
         grad_kernel = centred_taps(inverse(cross, n), kernel.shape[-1])
         grad_correlation, grad_mean, *grad_parameters = _gradients(
-            (kernel, bias), (correlation, own_mean, *ctx.parameters), (grad_kernel, grad_total[:, 0].real)
+            (kernel, bias), inputs, (grad_kernel, grad_total[:, 0].real)
         )
 
         # For the images: through the convolution, the autocorrelation, which is even in the lag, and the mean.
@@ -222,6 +229,8 @@ class AdaptiveConvolution(torch.autograd.Function):
         for out in sequences.pieces(grad_x):
             own, grad_own = spectra.pop(0).conj_physical_(), grad_spectra.pop(0)
             torch.add(sequences.image(grad_own.mul_(kernel_spectrum).addcmul_(own, gain)), grad_sums, out=out)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            del ctx.graph  # as autograd frees what was saved; a loss that somebody keeps would hold it
         return None, None, None, grad_x, *grad_parameters
 
 

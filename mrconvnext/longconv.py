@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .derived import is_eager
 from .kernels import at_least_float32
 
 
@@ -44,7 +45,7 @@ def spectrum(x: Tensor, n: int) -> Tensor:
     """Returns the one-sided spectrum (…, n // 2 + 1) of real ``x`` zero-padded to ``n``, computed in float32 or 64."""
     x = at_least_float32(x)
     if not torch.jit.is_scripting():
-        if x.requires_grad and not torch.compiler.is_compiling():
+        if x.requires_grad and is_eager(x):
             return _Spectrum.apply(x, n)
     return _rfft(x, n)
 
@@ -207,7 +208,7 @@ def branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
         The energies (kernels, C), of the kernels' dtype.
     """
     if not torch.jit.is_scripting():
-        if not torch.compiler.is_compiling():
+        if is_eager(correlation):
             return _BranchEnergies.apply(correlation, *kernels)
     return _branch_energies(correlation, kernels)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from .derived import DropsDerived, is_compiled_for_inference, is_eager, is_ordinary
 from .grid import (
@@ -430,8 +431,6 @@ class MRConv2d(DropsDerived):
         if not torch.jit.is_scripting():
             if not torch.is_grad_enabled() and is_ordinary(x, [self.kernel, self.bias]):
                 return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
-            if is_eager(x):
-                self._drop_derived()  # with gradients: some optimizers' steps, which follow, can't be seen
             if is_compiled_for_inference():
                 return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
@@ -464,7 +463,7 @@ class MRConv2d(DropsDerived):
     def _forward_parseval_training(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if is_eager(x):
-                functions = self._mean, self._merge_by_statistics
+                functions = self._mean, self._merge_with
                 return AdaptiveConvolution.apply(*functions, self.guard, x, *self.parameters())
         # The mean of a feature map may lie far above its spread: take it out before anything is squared.
         mean, count = self._mean(channel_sums(x))
@@ -496,6 +495,12 @@ class MRConv2d(DropsDerived):
         variance = sum_over_processes(energies, self.sync_norm) / count
         gain, shift = self.norm(mean * kernel_sums(kernels), variance, count)
         return self._merge(kernels, gain, shift, x)
+
+    def _merge_with(self, parameters: list[Tensor], *statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """`_merge_by_statistics` with other tensors in the place of the layer's parameters."""
+        names = [name for name, _ in self.named_parameters()]
+        with _reparametrize_module(self, dict(zip(names, parameters))):
+            return self._merge_by_statistics(*statistics)
 
     def _placed_kernels(self, x: Tensor) -> list[Tensor]:
         """Returns the branches' kernels for images like ``x``."""

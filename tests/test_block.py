@@ -6,8 +6,9 @@ import pickle
 import pytest
 import timm
 import torch
-from helpers import SMALL, assert_agree, randomize
+from helpers import SMALL, assert_agree, randomize, small_model
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
 from mrconvnext.block import FastBlock
 from mrconvnext.derived import derived_count
@@ -152,16 +153,49 @@ def test_modules_that_a_user_changed_are_run(change) -> None:
 
 
 def test_optimizer_steps_that_move_no_version() -> None:
-    _, fast = fast_convnext()
+    model = small_model(inference_mode=True)
     x = torch.randn(2, 3, 64, 64)
-    optimizer = torch.optim.AdamW(fast.parameters(), lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    model(x).square().sum().backward()
     with torch.no_grad():
-        fast(x)
-    fast(x).square().sum().backward()
+        model(x)
     optimizer.step()
-    expected = fast(x).detach()
+    expected = model(x).detach()
     with torch.no_grad():
-        assert_agree(fast(x), expected)
+        assert_agree(model(x), expected)
+
+
+def test_global_hooks_see_every_module() -> None:
+    _, fast = fast_convnext()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    with handle, torch.no_grad():
+        fast(torch.randn(1, 3, 64, 64))
+    assert all(module in seen for module in fast.modules() if isinstance(module, (nn.GELU, nn.LayerNorm)))
+
+
+@pytest.mark.parametrize("form", ["batch", "parseval", "deployed"])
+def test_transforms_of_functions(form: str) -> None:
+    """Those of torch.func, and forward-mode differentiation, against one backward pass for each image."""
+    model = small_model(branch_norm="parseval" if form == "parseval" else "batch")
+    if form == "deployed":
+        model.reparameterize()
+    x, tangent = torch.randn(2, 2, 3, 64, 64)
+    parameters = {name: p for name, p in model.named_parameters() if "conv_dw" in name}
+
+    def loss(parameters: dict, image: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (image[None],)).square().sum()
+
+    slopes = vmap(grad(loss), (None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        for slope, own in zip(slopes.values(), expected):
+            assert_agree(slope[i], own, 1e-4)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    with torch.no_grad():
+        _, moved = jvp(lambda images: model(images).sum(), (x.detach(),), (tangent,))
+    assert_agree(moved, (gradient * tangent).sum(), 1e-4)
 
 
 def test_gradients_of_a_block_used_twice() -> None:

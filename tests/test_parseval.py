@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import weakref
 from pathlib import Path
 
 import pytest
@@ -186,10 +187,50 @@ def test_backward_twice_and_through_frozen_parameters() -> None:
     assert layer.weight.grad is None and layer.norm.weight.grad is None
 
 
+def test_hooks_of_parameters_run_once() -> None:
+    layer, twin = parseval_layer(), parseval_layer()
+    for parameter in twin.parameters():
+        parameter.register_hook(lambda grad: 3 * grad)
+    for own in (layer, twin):
+        own(smooth_images(1).float()).square().sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters()):
+        assert_agree(b.grad, 3 * a.grad)
+
+
+def test_a_kept_loss_keeps_no_graph() -> None:
+    layer = parseval_layer()
+    live = weakref.WeakSet()
+    layer._merge_by_statistics = lambda *args, own=layer._merge_by_statistics: record(own(*args), live)
+    loss = layer(smooth_images(1).float()).square().sum()
+    loss.backward(retain_graph=True)
+    assert len(live) == 2
+    loss.backward()
+    assert len(live) == 0
+
+
+def record(tensors: tuple[Tensor, Tensor], live: weakref.WeakSet) -> tuple[Tensor, Tensor]:
+    live.update(tensors)
+    return tensors
+
+
+def test_backward_inside_autocast() -> None:
+    layer, twin = parseval_layer(), parseval_layer()
+    x = smooth_images(1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters()):
+        assert_agree(a.grad, b.grad)
+
+
 def test_an_empty_batch_leaves_finite_statistics() -> None:
     layer = parseval_layer()
-    assert layer(torch.randn(0, 3, *GRID)).shape == (0, 3, *GRID)
-    assert all(buffer.isfinite().all() for buffer in layer.buffers())
+    x = torch.randn(0, 3, *GRID, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, 3, *GRID)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(tensor.isfinite().all() for tensor in (*layer.buffers(), *(p.grad for p in layer.parameters())))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
