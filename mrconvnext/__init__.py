@@ -2,7 +2,7 @@
 
 from .longconv import long_conv, long_conv_reference
 from .mrconv import MRConv1d, MRConv2d
-from .mrconvnext import MRConvNeXt
+from .mrconvnext import MRConvNeXt, from_convnext
 
-__all__ = ["MRConv1d", "MRConv2d", "MRConvNeXt", "long_conv", "long_conv_reference"]
+__all__ = ["MRConv1d", "MRConv2d", "MRConvNeXt", "from_convnext", "long_conv", "long_conv_reference"]
 __version__ = "0.1.0"

@@ -1,20 +1,27 @@
 """MRConvNeXt: timm's ConvNeXt with every depthwise convolution replaced by an `MRConv2d`, in timm's registry."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, to_ntuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
 from .block import FastBlock
+from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .mrconv import MRConv2d, check_input
 
 __all__ = ["MRConvNeXt"]
+
+# Arguments that belong to a model's training or that may change after it was made.
+NOT_SAVED = (
+    *("num_classes", "in_chans", "global_pool", "inference_mode"),
+    *("drop_rate", "drop_path_rate", "sync_norm", "alpha_init"),
+)
 
 # Four stages halve a patch of 4 pixels three times.
 MIN_IMAGE_SIZE = 32
@@ -94,38 +101,57 @@ class MRConvNeXt(ConvNeXt):
             raise ValueError(f"kernel_sizes must be one size or 4, one for each stage, got {kernel_sizes}")
         # Where there are no local taps ConvNeXt still builds a convolution, which is replaced.
         super().__init__(kernel_sizes=tuple(max(1, k) for k in kernel_sizes), device=device, dtype=dtype, **kwargs)
+        self._replace_convolutions(
+            kernel_sizes,
+            img_size,
+            min_lengths,
+            kernel=kernel,
+            branch_norm=branch_norm,
+            sync_norm=sync_norm,
+            bidirectional=bidirectional,
+            max_branches=max_branches,
+            modes=modes,
+            taps=taps,
+            alpha_init=alpha_init,
+            inference_mode=inference_mode,
+        )
+        self.model_args.update({name: value for name, value in kwargs.items() if name not in NOT_SAVED})
+
+    def _replace_convolutions(
+        self,
+        kernel_sizes: Sequence[int],
+        img_size: Union[int, tuple[int, int]],
+        min_lengths: Optional[Union[int, Sequence[int]]],
+        **options: Any,
+    ) -> None:
+        """Makes a ConvNeXt an MRConvNeXt. The arguments are those of the constructor."""
         img_size = to_2tuple(img_size)
         if len(img_size) != 2 or not all(isinstance(side, int) and side >= MIN_IMAGE_SIZE for side in img_size):
             raise ValueError(f"img_size must be one or two integers of at least {MIN_IMAGE_SIZE}, got {img_size}")
         min_lengths = to_ntuple(4)(min_lengths)
         if len(min_lengths) != 4:
             raise ValueError(f"min_lengths must be one length or 4, one for each stage, got {min_lengths}")
+        # What a checkpoint has to say of a model so that it can be made again; `hub` writes it.
+        self.model_args = {"img_size": img_size, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
+        self.model_args.update({name: value for name, value in options.items() if name not in NOT_SAVED})
 
         self._check_images()
         seed = 0
         for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
             for i, block in enumerate(stage.blocks):
-                dilation = block.conv_dw.dilation[0]
-                smallest = dilation * (kernel_size // 2) + 1
+                conv = block.conv_dw
+                smallest = conv.dilation[0] * (kernel_size // 2) + 1
                 block.conv_dw = MRConv2d(
-                    block.conv_dw.in_channels,
+                    conv.in_channels,
                     grid=tuple(max(side // info["reduction"], smallest) for side in img_size),
                     kernel_size=kernel_size,
-                    dilation=dilation,
-                    bias=block.conv_dw.bias is not None,
-                    kernel=kernel,
+                    dilation=conv.dilation[0],
+                    bias=conv.bias is not None,
                     min_length=min_length,
-                    max_branches=max_branches,
-                    bidirectional=bidirectional,
-                    branch_norm=branch_norm,
-                    sync_norm=sync_norm,
-                    modes=modes,
-                    taps=taps,
-                    alpha_init=alpha_init,
                     seed=seed,
-                    inference_mode=inference_mode,
-                    device=device,
-                    dtype=dtype,
+                    device=conv.weight.device,
+                    dtype=conv.weight.dtype,
+                    **options,
                 )
                 stage.blocks[i] = FastBlock(block)
                 seed += 1
@@ -161,26 +187,74 @@ class MRConvNeXt(ConvNeXt):
         return self
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
+def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
+    """Returns an MRConvNeXt that computes what a ConvNeXt of timm computes, made of copies of its parts.
 
+    The branches of its kernels are new; their α is zero, with gradients.
+
+    Args:
+        model: A ConvNeXt or ConvNeXt V2, as trained. It stays as it is.
+        **options: Options of the branches, `MRConvNeXt`'s: ``kernel``, ``branch_norm``, ``sync_norm``,
+            ``bidirectional``, ``min_lengths``, ``max_branches``, ``modes``, ``taps``, ``img_size``.
+
+    Raises:
+        TypeError: If ``model`` is anything else, or an option unknown.
+        ValueError: If an option is outside its range.
+    """
+    if type(model) is not ConvNeXt:
+        raise TypeError(f"model must be timm's ConvNeXt itself, no wrapper, features_only or else, got {type(model)}")
+    for block in model.modules():
+        if isinstance(block, ConvNeXtBlock) and not _is_replaceable(block.conv_dw):
+            raise TypeError(f"model must be a ConvNeXt with k×k depthwise convolutions, k odd, got {block.conv_dw}")
+    defaults = MRConvNeXt.__init__.__kwdefaults__
+    own = {name: defaults[name] for name in ("kernel", "branch_norm", "sync_norm", "bidirectional", "min_lengths")}
+    own |= {name: defaults[name] for name in ("max_branches", "modes", "taps", "img_size")}
+    if unknown := [name for name in options if name not in own]:
+        raise TypeError(f"options must be among {', '.join(own)}, got {', '.join(unknown)}")
+
+    converted = copy.deepcopy(model)
+    converted.__class__ = MRConvNeXt
+    kernel_sizes = tuple(stage.blocks[0].conv_dw.kernel_size[0] for stage in model.stages)
+    converted._replace_convolutions(kernel_sizes, **{**own, **options})
+    converted.load_state_dict(with_branches(model.state_dict(), converted))
+    for name, layer in converted.named_modules():
+        if isinstance(layer, MRConv2d):
+            conv = model.get_submodule(name)
+            layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
+
+    given = getattr(model, "_model_args", {})  # timm 1.0.31 keeps them, 1.0.22 does not
+    converted.model_args.update({name: value for name, value in given.items() if name not in NOT_SAVED})
+    cfg = getattr(model, "pretrained_cfg", None) or _cfg_of_unknown(model)
+    name = f"mr{cfg['architecture']}"
+    converted.pretrained_cfg = {**cfg, "architecture": name if name in default_cfgs else "mrconvnext_tiny"}
+    converted.default_cfg = converted.pretrained_cfg
+    return converted
+
+
+def _cfg_of_unknown(model: ConvNeXt) -> dict[str, Any]:
+    """Returns a configuration for a ConvNeXt that does not come from timm's registry."""
+    cfg = default_cfgs["mrconvnextv2_small"].cfgs["untrained"].to_dict()
+    return {**cfg, "num_classes": model.num_classes, "input_size": (model.stem[0].in_channels, 224, 224)}
+
+
+def _is_replaceable(conv: Optional[nn.Module]) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.stride == (1, 1)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.padding == tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size))
+    )
+
+
+SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
 
 default_cfgs = generate_default_cfgs(
     {
-        f"mrconvnext_{size}.untrained": _cfg()
-        for size in ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+        name: cfg
+        for family, sizes in (("convnext", SIZES), ("convnextv2", (*SIZES, "huge")))
+        for size in sizes
+        for name, cfg in cfgs_of_convnext(f"mr{family}_{size}", f"{family}_{size}").items()
     }
 )
 
@@ -192,6 +266,7 @@ def _create_mrconvnext(
         MRConvNeXt,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **dict(model_args, **kwargs),
     )
@@ -251,3 +326,66 @@ def mrconvnext_large(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
     """MRConvNeXt with the widths and depths of timm's ``convnext_large``."""
     model_args = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))
     return _create_mrconvnext("mrconvnext_large", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_atto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_atto``."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), use_grn=True, ls_init_value=None, conv_mlp=True)
+    return _create_mrconvnext("mrconvnextv2_atto", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_femto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_femto``."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), use_grn=True, ls_init_value=None, conv_mlp=True)
+    return _create_mrconvnext("mrconvnextv2_femto", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_pico(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_pico``."""
+    model_args = dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512), use_grn=True, ls_init_value=None, conv_mlp=True)
+    return _create_mrconvnext("mrconvnextv2_pico", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_nano(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_nano``."""
+    model_args = dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640), use_grn=True, ls_init_value=None, conv_mlp=True)
+    return _create_mrconvnext("mrconvnextv2_nano", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_tiny(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_tiny``."""
+    model_args = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), use_grn=True, ls_init_value=None)
+    return _create_mrconvnext("mrconvnextv2_tiny", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_small(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_small``."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768), use_grn=True, ls_init_value=None)
+    return _create_mrconvnext("mrconvnextv2_small", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_base(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_base``."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024), use_grn=True, ls_init_value=None)
+    return _create_mrconvnext("mrconvnextv2_base", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_large(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_large``."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536), use_grn=True, ls_init_value=None)
+    return _create_mrconvnext("mrconvnextv2_large", pretrained, model_args, kwargs)
+
+
+@register_model
+def mrconvnextv2_huge(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_huge``."""
+    model_args = dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816), use_grn=True, ls_init_value=None)
+    return _create_mrconvnext("mrconvnextv2_huge", pretrained, model_args, kwargs)

@@ -13,21 +13,22 @@ from mrconvnext.kernels import KERNELS
 from mrconvnext.mrconv import BRANCH_NORMS
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+NAMES = [f"mrconvnext_{size}" for size in SIZES] + [f"mrconvnextv2_{size}" for size in (*SIZES, "huge")]
 
 
 # The registry
 
 
 def test_every_size_is_registered() -> None:
-    assert set(timm.list_models("mrconvnext_*")) == {f"mrconvnext_{size}" for size in SIZES}
-    for size in SIZES:
-        assert timm.get_pretrained_cfg(f"mrconvnext_{size}").classifier == "head.fc"
+    assert set(timm.list_models("mrconvnext*")) == set(NAMES)
+    for name in NAMES:
+        assert timm.get_pretrained_cfg(name).classifier == "head.fc"
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_is_timms_convnext_of_that_size_but_for_the_layers(size: str) -> None:
-    ours = timm.create_model(f"mrconvnext_{size}", device="meta")
-    theirs = timm.create_model(f"convnext_{size}", device="meta")
+@pytest.mark.parametrize("name", NAMES)
+def test_is_timms_convnext_of_that_name_but_for_the_layers(name: str) -> None:
+    ours = timm.create_model(name, device="meta")
+    theirs = timm.create_model(name.removeprefix("mr"), device="meta")
     shapes = {name: p.shape for name, p in ours.named_parameters()}
     for name, parameter in theirs.named_parameters():
         assert shapes.pop(name) == parameter.shape
@@ -35,9 +36,9 @@ def test_is_timms_convnext_of_that_size_but_for_the_layers(size: str) -> None:
     assert type(ours.stages[0].blocks[0].norm) is type(theirs.stages[0].blocks[0].norm)
 
 
-def test_pretrained_says_that_there_are_no_weights() -> None:
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for mrconvnext_atto"):
-        timm.create_model("mrconvnext_atto", pretrained=True)
+def test_pretrained_says_where_there_are_no_weights() -> None:
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for mrconvnextv2_small"):
+        timm.create_model("mrconvnextv2_small", pretrained=True)
 
 
 def test_unknown_option_is_a_type_error() -> None:

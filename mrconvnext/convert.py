@@ -1,0 +1,141 @@
+"""ConvNeXt's weights as MRConvNeXt's: which checkpoints timm has of it, and how one becomes ours.
+
+An MRConvNeXt whose α is zero computes what the ConvNeXt computes that its local taps come from, at every image size.
+"""
+
+import dataclasses
+import logging
+from typing import Optional
+
+import torch
+from timm.models import convnext
+from timm.models._pretrained import PretrainedCfg
+from torch import Tensor, nn
+
+from .grid import place_taps
+from .kernels import add_kernels
+from .mrconv import MRConv2d
+
+_logger = logging.getLogger(__name__)
+
+
+def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
+    """Returns a configuration for every checkpoint that timm has of a ConvNeXt, its default one first.
+
+    Args:
+        name: Name of our model, such as ``mrconvnext_tiny``.
+        source: Name of timm's model, such as ``convnext_tiny``, whose tag ``fb_in1k`` becomes our ``convnext_fb_in1k``.
+    """
+    cfgs = convnext.default_cfgs[source]
+    family = source.partition("_")[0]
+    own = {}
+    for tag in cfgs.tags:
+        cfg = cfgs.cfgs[tag]
+        if cfg.hf_hub_id == "timm/":  # which timm completes with the model's name, another one here
+            cfg = dataclasses.replace(cfg, hf_hub_id=f"timm/{source}.{tag}")
+        own[f"{name}.{family}_{tag}" if cfg.has_weights else f"{name}.{tag}"] = cfg
+    return own
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns a state dict for an MRConvNeXt, of one like it or of a ConvNeXt in any layout that timm reads.
+
+    Args:
+        state_dict: Weights as they come out of a file.
+        model: The MRConvNeXt that they are for, in either form.
+
+    Raises:
+        RuntimeError: If they do not fit ``model``. Its classifier may be missing or another one.
+    """
+    if not any(name.endswith("conv_dw.grid") for name in state_dict):
+        try:
+            state_dict = convnext.checkpoint_filter_fn(state_dict, model)
+        except (AttributeError, KeyError, RuntimeError) as error:
+            raise RuntimeError(f"these are not the weights of a ConvNeXt like this model: {error!r}") from error
+        state_dict = with_branches(state_dict, model)
+    _check_fit(state_dict, model)
+    return state_dict
+
+
+def with_branches(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns a ConvNeXt's state dict with what an MRConvNeXt has beside it: branches as ``model`` has them, α zero.
+
+    Args:
+        state_dict: A ConvNeXt's state dict, in timm's layout.
+        model: The MRConvNeXt that it is for, in either form.
+
+    Raises:
+        RuntimeError: If the convolutions have other sizes than the model's local taps.
+    """
+    converted = dict(state_dict)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MRConv2d) and f"{name}.weight" in state_dict:
+            own = taps_alone(layer, name, converted.pop(f"{name}.weight"), converted.pop(f"{name}.bias", None))
+            converted.update({f"{name}.{key}": value for key, value in own.items()})
+    # Masked autoencoders have no head.
+    headless = {name: x for name, x in model.state_dict().items() if "head.norm." in name and name not in converted}
+    _logger.info(
+        f"Took all {len(state_dict)} tensors of a ConvNeXt; kernels of branches are new and have α = 0"
+        + (f"; new as well: {', '.join(headless)}" if headless else "")
+    )
+    return {**converted, **headless}
+
+
+def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor]) -> dict[str, Tensor]:
+    """Returns the state dict, in ``layer``'s form, of a layer that computes a depthwise ``Conv2d``: its α is zero.
+
+    Args:
+        layer: Layer whose branches, norms and grid are kept.
+        name: The layer's name, for the error.
+        weight: The convolution's weight (C, 1, k, k).
+        bias: Its bias (C), if it has one.
+
+    Raises:
+        RuntimeError: If the weight is not that of the layer's local taps.
+    """
+    if weight.shape != (layer.channels, 1, layer.kernel_size, layer.kernel_size):
+        raise RuntimeError(
+            f"{name}.weight is {tuple(weight.shape)} in the ConvNeXt's weights, the model's layer has "
+            f"{layer.channels} channels and kernel_size={layer.kernel_size}: create the MRConvNeXt of their size, "
+            "with their kernel_sizes"
+        )
+    own = layer.state_dict()
+    if layer.kernel is None:
+        own |= {"weight": weight, "alpha": torch.zeros_like(layer.alpha)}
+    else:
+        reference = weight.new_empty((1, 1, *layer.reference_grid))
+        taps = place_taps(weight, layer.dilation, reference, layer.guard)
+        own |= {"kernel": add_kernels(taps.new_zeros(layer.kernel.shape), taps), "bias": torch.zeros_like(layer.bias)}
+    return own if bias is None else {**own, "bias": bias}
+
+
+def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises if names or shapes differ from the model's, but for the classifier and the images' channels."""
+    own = model.state_dict()
+    # Layers of the other form look after themselves.
+    other = tuple(
+        f"{name}."
+        for name, layer in model.named_modules()
+        if isinstance(layer, MRConv2d) and (layer.kernel is None) == (f"{name}.kernel" in state_dict)
+    )
+    adapted = ("head.fc.", *other)
+    missing, unexpected = (
+        [name for name in a if name not in b and not name.startswith(adapted)]
+        for a, b in ((own, state_dict), (state_dict, own))
+    )
+    reshaped = [
+        f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"
+        for name, given in state_dict.items()
+        if name in own and not name.startswith(adapted) and name != "stem.0.weight" and given.shape != own[name].shape
+    ]
+    problems = {"missing": missing, "not in the model": unexpected, "of another shape": reshaped}
+    found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
+    if found:
+        raise RuntimeError(
+            f"the weights do not fit the model; {found}. Create the MRConvNeXt of the size and family that they are of "
+            "(mrconvnext_* for ConvNeXt, mrconvnextv2_* for ConvNeXt V2), with the options that they were trained with."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
