@@ -1,8 +1,18 @@
 """MRConvNeXt for timm: ConvNeXt with global multi-resolution convolutions. Importing it registers the models."""
 
+from .hub import push_to_hub, save
 from .longconv import long_conv, long_conv_reference
 from .mrconv import MRConv1d, MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
 
-__all__ = ["MRConv1d", "MRConv2d", "MRConvNeXt", "from_convnext", "long_conv", "long_conv_reference"]
+__all__ = [
+    "MRConv1d",
+    "MRConv2d",
+    "MRConvNeXt",
+    "from_convnext",
+    "long_conv",
+    "long_conv_reference",
+    "push_to_hub",
+    "save",
+]
 __version__ = "0.1.0"

@@ -112,21 +112,21 @@ def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor
 def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     """Raises if names or shapes differ from the model's, but for the classifier and the images' channels."""
     own = model.state_dict()
-    # Layers of the other form look after themselves.
-    other = tuple(
-        f"{name}."
-        for name, layer in model.named_modules()
-        if isinstance(layer, MRConv2d) and (layer.kernel is None) == (f"{name}.kernel" in state_dict)
-    )
-    adapted = ("head.fc.", *other)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MRConv2d)}
+    # The layers look after their shapes, and after what is missing where their form changes.
+    changing = [
+        f"{name}." for name, layer in layers.items() if (layer.kernel is None) == (f"{name}.kernel" in state_dict)
+    ]
+    elsewhere = ("head.fc.", *changing)
     missing, unexpected = (
-        [name for name in a if name not in b and not name.startswith(adapted)]
+        [name for name in a if name not in b and not name.startswith(elsewhere)]
         for a, b in ((own, state_dict), (state_dict, own))
     )
+    elsewhere = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
     reshaped = [
         f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"
         for name, given in state_dict.items()
-        if name in own and not name.startswith(adapted) and name != "stem.0.weight" and given.shape != own[name].shape
+        if name in own and not name.startswith(elsewhere) and given.shape != own[name].shape
     ]
     problems = {"missing": missing, "not in the model": unexpected, "of another shape": reshaped}
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)

@@ -6,8 +6,9 @@ from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.layers import to_2tuple, to_ntuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
@@ -131,7 +132,8 @@ class MRConvNeXt(ConvNeXt):
         min_lengths = to_ntuple(4)(min_lengths)
         if len(min_lengths) != 4:
             raise ValueError(f"min_lengths must be one length or 4, one for each stage, got {min_lengths}")
-        # What a checkpoint has to say of a model so that it can be made again; `hub` writes it.
+        # What `hub` writes: where the weights came from on the Hub, and what makes the model again.
+        self.started_from: Optional[str] = None
         self.model_args = {"img_size": img_size, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
         self.model_args.update({name: value for name, value in options.items() if name not in NOT_SAVED})
 
@@ -222,10 +224,10 @@ def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
             conv = model.get_submodule(name)
             layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
-    given = getattr(model, "_model_args", {})  # timm 1.0.31 keeps them, 1.0.22 does not
+    given = getattr(model, "_model_args", {})  # timm 1.0.31 keeps them, 1.0.30 does not
     converted.model_args.update({name: value for name, value in given.items() if name not in NOT_SAVED})
     cfg = getattr(model, "pretrained_cfg", None) or _cfg_of_unknown(model)
-    name = f"mr{cfg['architecture']}"
+    name = f"mr{cfg.get('architecture')}"
     converted.pretrained_cfg = {**cfg, "architecture": name if name in default_cfgs else "mrconvnext_tiny"}
     converted.default_cfg = converted.pretrained_cfg
     return converted
@@ -262,14 +264,24 @@ default_cfgs = generate_default_cfgs(
 def _create_mrconvnext(
     variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> MRConvNeXt:
-    return build_model_with_cfg(
-        MRConvNeXt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **dict(model_args, **kwargs),
-    )
+    try:
+        model = build_model_with_cfg(
+            MRConvNeXt,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **dict(model_args, **kwargs),
+        )
+    except SafetensorError as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        raise RuntimeError(
+            f"the safetensors file of {cfg.file or cfg.hf_hub_id} is damaged ({error}): write it again, or remove it "
+            "from the cache and download it again"
+        ) from error
+    if pretrained:
+        model.started_from = model.pretrained_cfg.get("hf_hub_id")
+    return model
 
 
 @register_model

@@ -104,7 +104,9 @@ class Hub:
             name = "/".join(filter(None, (given.get("organization") or "me", given["name"])))
             if name in self.repositories:
                 return answer({"url": f"{self.address}/{name}"}, 409)
-            self.repositories[name] = Repository(private=bool(given.get("private")))
+            self.repositories[name] = Repository(
+                private=given.get("visibility") == "private" or bool(given.get("private"))
+            )
             return answer({"url": f"{self.address}/{name}"})
         name, action, branch = "/".join(parts[2:4]), parts[4], parts[5]
         if name not in self.repositories:

@@ -1,0 +1,273 @@
+"""Saving models and publishing them on the Hub: safetensors, config.json and a model card, as timm reads them."""
+
+import copy
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import timm
+import torch
+from huggingface_hub import HfApi
+from timm.models import save_for_hf
+from timm.models._hub import generate_readme
+from torch import Tensor, nn
+
+from .mrconv import MRConv2d
+from .mrconvnext import MRConvNeXt
+
+_logger = logging.getLogger(__name__)
+
+# Largest parity error that a saved model may have. Rounding is a hundredth of it.
+LIMIT = 1e-4
+
+# Licences that a card may name without saying more; timm gives others by a name of their own.
+KNOWN_LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0")
+
+DESCRIPTION = (
+    "An image model of mrconvnext: a ConvNeXt whose depthwise convolutions also look at the whole image, by "
+    "multi-resolution convolutions ([MRConv, NeurIPS 2024](https://arxiv.org/abs/2408.09453))."
+)
+
+USAGE = """```python
+import timm
+import mrconvnext  # registers the models
+
+model = timm.create_model("{name}", pretrained=True).eval()
+```
+"""
+
+
+class Parity(NamedTuple):
+    """Largest differences of one model from another on the same images, as fractions of the largest value.
+
+    Attributes:
+        logits: Of the outputs.
+        layer: Of the worst layer's outputs, each layer given the same input.
+        name: The worst layer's name.
+    """
+
+    logits: float
+    layer: float
+    name: str
+
+    def __str__(self) -> str:
+        return f"logits {self.logits:.1e}, worst layer {self.layer:.1e} ({self.name})"
+
+
+def save(
+    model: MRConvNeXt,
+    folder: Union[str, os.PathLike],
+    *,
+    fused: bool = False,
+    metrics: Optional[dict[str, Any]] = None,
+    model_args: Optional[dict[str, Any]] = None,
+    images: Optional[Tensor] = None,
+    limit: float = LIMIT,
+) -> Parity:
+    """Writes a model's weights, config and card, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
+
+    What is written is read back and compared with the model before it takes the place of files in the folder.
+
+    Args:
+        model: Model in either form; it stays as it is.
+        folder: Folder for ``model.safetensors``, ``config.json`` and ``README.md``.
+        fused: Whether to write the deployed form, in float32.
+        metrics: What was measured of it, by name, for the card.
+        model_args: Arguments of ``timm.create_model`` that make such a model, beside those that are known: for models
+            that `from_convnext` made of a ConvNeXt with arguments of its own.
+        images: Images (B, C, H, W) to compare on, as the model takes them. Default: two random ones.
+        limit: Largest parity error of the logits and of any layer.
+
+    Returns:
+        How far the written model is from this one.
+
+    Raises:
+        TypeError: If ``model`` is not an MRConvNeXt.
+        ValueError: If what would be written could not be read by timm, or is not this model within ``limit``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        parity = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
+        for file in sorted(Path(temporary).iterdir()):
+            os.replace(file, folder / file.name)
+    return parity
+
+
+def push_to_hub(
+    model: MRConvNeXt,
+    repo_id: str,
+    *,
+    fused: bool = False,
+    metrics: Optional[dict[str, Any]] = None,
+    model_args: Optional[dict[str, Any]] = None,
+    token: Optional[str] = None,
+    private: Optional[bool] = None,
+    revision: Optional[str] = None,
+    commit_message: str = "Add model",
+    create_pr: bool = False,
+) -> str:
+    """Uploads a model to the Hub, from where ``timm.create_model("hf-hub:REPO_ID", pretrained=True)`` takes it.
+
+    Args:
+        model: See `save`, as for ``metrics`` and ``model_args``.
+        repo_id: Repository, ``organisation/name``; made if it is not there.
+        fused: Whether to upload the deployed form, in float32. A repository holds one form: give each its own.
+        metrics: See `save`.
+        model_args: See `save`.
+        token: See ``huggingface_hub.HfApi``, as for the arguments below. Default: the one that is logged in.
+        private: Whether a new repository is private. Default: as the organisation has it.
+        revision: Branch. Default: the main one.
+        commit_message: The commit's message.
+        create_pr: Whether to open a pull request instead.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        TypeError: See `save`.
+        ValueError: See `save`.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        _write(model, Path(temporary), f"hf-hub:{repo_id}", fused, metrics, model_args, None, LIMIT)
+        api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=temporary,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return commit.commit_url
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Returns whether all layers of a model are in deployed form."""
+    return all(layer.kernel is not None for layer in model.modules() if isinstance(layer, MRConv2d))
+
+
+@torch.no_grad()
+def parity(model: nn.Module, other: nn.Module, images: Tensor) -> Parity:
+    """Returns how far a model is from another one with layers of the same names, on ``images``; both in eval mode."""
+    layers: dict[str, float] = {}
+
+    def compare(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        layers[name] = _difference(other.get_submodule(name)(*inputs), output)
+
+    hooks = [
+        layer.register_forward_hook(lambda *args, name=name: compare(name, *args))
+        for name, layer in model.named_modules()
+        if isinstance(layer, MRConv2d)
+    ]
+    try:
+        logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A NaN is the worst of all, and no comparison is true of it.
+    worst = max(layers, key=lambda name: (layers[name] != layers[name], layers[name]))
+    return Parity(_difference(other(images), logits), layers[worst], worst)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def _write(
+    model: MRConvNeXt,
+    folder: Path,
+    name: str,
+    fused: bool,
+    metrics: Optional[dict[str, Any]],
+    model_args: Optional[dict[str, Any]],
+    images: Optional[Tensor],
+    limit: float,
+) -> Parity:
+    """Writes a model's files, and reads them back. The arguments are those of `save`, and the name that timm knows."""
+    if not isinstance(model, MRConvNeXt):
+        raise TypeError(f"model must be an MRConvNeXt, got {type(model).__name__}")
+    exported = _exported(model, fused)
+    arguments = _arguments(exported, model_args)
+    save_for_hf(exported, folder, model_args=arguments, safe_serialization=True)
+
+    original = copy.deepcopy(model).float().cpu().eval()
+    if images is None:
+        images = torch.randn((2, *exported.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
+    try:
+        found = parity(original, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), images)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"timm can't make the model again from its architecture {exported.pretrained_cfg['architecture']} and "
+            f"model_args={arguments}; give what is missing as model_args. {error}"
+        ) from error
+    if not max(found.logits, found.layer) <= limit:
+        raise ValueError(
+            f"the model written differs from the model by more than limit={limit:.0e}: {found}. If it was made with "
+            "arguments that are not among these, give them as model_args: " + json.dumps(arguments)
+        )
+    _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
+    card = generate_readme(_card(exported, name, found, metrics), name.rpartition("/")[2])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return found
+
+
+def _exported(model: MRConvNeXt, fused: bool) -> MRConvNeXt:
+    """Returns the copy of a model that is written, its configuration that of the model as it is now."""
+    exported = copy.deepcopy(model).cpu().eval()
+    if fused:
+        exported.float().reparameterize()
+    input_size = (exported.stem[0].in_channels, *exported.pretrained_cfg["input_size"][1:])
+    exported.pretrained_cfg = {
+        **exported.pretrained_cfg,
+        "input_size": input_size,
+        "num_classes": exported.num_classes,
+    }
+    return exported
+
+
+def _arguments(model: MRConvNeXt, given: Optional[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the arguments that make a model like this one, for config.json."""
+    arguments = {
+        **model.model_args,
+        "in_chans": model.stem[0].in_channels,
+        "global_pool": model.head.global_pool.pool_type,
+        "inference_mode": is_deployed(model),
+        **(given or {}),
+    }
+    for name, value in arguments.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"the argument {name}={value!r} can't be written to config.json: make the model with a name instead"
+            ) from error
+    return arguments
+
+
+def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what a model's card says, for timm's ``generate_readme``."""
+    cfg = model.pretrained_cfg
+    details = {
+        "Architecture": cfg["architecture"],
+        "Form": "deployed, one kernel a layer" if is_deployed(model) else "training, branches and local taps",
+        "Parameters (M)": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
+        "Image size": " x ".join(str(side) for side in cfg["input_size"][1:]),
+        "Classes": model.num_classes,
+        "Started from": model.started_from or "no published weights",
+        "Largest difference from the model it was made of": str(found),
+        **(metrics or {}),
+    }
+    license = cfg.get("license") or "apache-2.0"
+    known = {"license": license} if license in KNOWN_LICENSES else {"license": "other", "license_name": license}
+    return {
+        "tags": ["image-classification", "timm", "mrconvnext"],
+        **known,
+        "description": DESCRIPTION,
+        "details": details,
+        "usage": USAGE.format(name=name),
+    }
