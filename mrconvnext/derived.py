@@ -5,6 +5,7 @@ And when they may be: in eager mode, or as operations of their own, without grad
 
 import weakref
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,17 @@ def is_compiled_for_inference() -> bool:
     """Returns whether ``torch.compile`` traces this call for a run without gradients, which operations have none of."""
     # A strict export is Dynamo's too, which under torch 2.9 and 2.10 can't be asked; the default export is not.
     return torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+
+
+def is_traced_for_onnx() -> bool:
+    """Returns whether the ONNX exporter that traces, not the one of torch.export, runs this call."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+
+
+def outside_of_trace(compute: Callable[[], Any]) -> Any:
+    """Returns ``compute()``, computed without gradients and unseen by a trace: each thread has a trace of its own."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.no_grad()(compute)).result()
 
 
 def define_operation(name: str, schema: str, function: Callable, output: Callable) -> None:

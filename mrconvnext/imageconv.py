@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .derived import define_operation, derived
+from .derived import define_operation, derived, outside_of_trace
 from .grid import image_fft_length, place_kernel, to_image
 from .longconv import centred_spectrum, centred_taps, correlation_of, inverse, spectrum
-from .matrixconv import convolve_by_matrices, is_small, kernel_factors, transforms
+from .matrixconv import convolve_by_constants, convolve_by_matrices, is_small, kernel_factors, transforms
 
 # Of a piece's padded sequences, on a CPU: large enough that launching operations costs little beside them.
 PIECE_BYTES = 3 * 2**20
@@ -110,6 +110,13 @@ def convolve_small_images(x: Tensor, factors: tuple, matrices: tuple, bias: Tens
     return y
 
 
+def constants(x: Tensor, kernel: Tensor, row_stride: int, guard: int) -> tuple[tuple, tuple]:
+    """Returns a kernel's factors and the transforms that convolve images like ``x`` by matrices."""
+    height, width = x.shape[2:]
+    placed = place_kernel(kernel, row_stride, x, guard).to(x.dtype)
+    return kernel_factors(placed, height, width + guard), transforms(height, width, guard, x.dtype, x.device)
+
+
 def convolve_deployed(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
     """Returns images (B, C, H, W) convolved with a kernel, plus a bias. Without gradients.
 
@@ -122,17 +129,16 @@ def convolve_deployed(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, 
         row_stride: Row stride that the kernel was made for.
         guard: Columns of zeros between rows.
     """
-    height, width = x.shape[2:]
     small = is_small(x, guard)
 
     def compute() -> tuple:
-        placed = place_kernel(kernel, row_stride, x, guard).to(x.dtype)
         if small:
-            return kernel_factors(placed, height, width + guard), transforms(height, width, guard, x)
+            return constants(x, kernel, row_stride, guard)
+        placed = place_kernel(kernel, row_stride, x, guard).to(x.dtype)
         n = image_fft_length(x, guard)
         return centred_spectrum(placed, n), n
 
-    kept = derived([kernel], (height, width, row_stride, guard, x.dtype), 2, compute)
+    kept = derived([kernel], (*x.shape[2:], row_stride, guard, x.dtype), 2, compute)
     bias = bias.to(x.dtype)
     return convolve_small_images(x, *kept, bias) if small else convolve_images(x, *kept, bias, guard)
 
@@ -143,6 +149,16 @@ define_operation(
     convolve_deployed,
     lambda x, kernel, bias, row_stride, guard: torch.empty_like(x),
 )
+
+
+def convolve_for_onnx(x: Tensor, kernel: Tensor, bias: Tensor, row_stride: int, guard: int) -> Tensor:
+    """Returns what `convolve_deployed` returns, by real matrices: a graph for ONNX of the images' size.
+
+    FFTs are not among the operations of PyTorch's exporter that traces. What is derived from the kernel are constants
+    of the graph.
+    """
+    factors, matrices = outside_of_trace(lambda: constants(x, kernel, row_stride, guard))
+    return convolve_by_constants(x.permute(0, 2, 3, 1), matrices, factors, bias.to(x.dtype)).permute(0, 3, 1, 2)
 
 
 class AdaptiveConvolution(torch.autograd.Function):

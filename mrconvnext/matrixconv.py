@@ -11,6 +11,7 @@ there is to compute. The inverse is the transpose times 2 / n. Images stay in ch
 Cooley and Tukey 1965, with the matrices that "Monarch" decompositions use (FlashFFTConv, Fu et al. 2023).
 """
 
+import functools
 import math
 
 import torch
@@ -26,20 +27,21 @@ def is_small(x: Tensor, guard: int) -> bool:
     return x.device.type == "cpu" and x.shape[2] + 2 * (x.shape[3] + guard) <= LARGEST
 
 
-def transforms(height: int, width: int, guard: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the matrices over the rows (2·H, H) and over the columns (H, 2·S, 2·W), of ``like``'s type.
+@functools.lru_cache(maxsize=8)  # layers of one stage share them, in memory and in an ONNX file
+def transforms(height: int, width: int, guard: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the matrices over the rows (2·H, H) and over the columns (H, 2·S, 2·W).
 
     Real and imaginary parts are rows of the first one in turn, and halves of the second one's rows and columns.
     """
     stride = width + guard
-    first = torch.arange(height, dtype=torch.float64, device=like.device) + 0.5
-    angle = math.pi / height * first[:, None] * torch.arange(height, device=like.device)
+    first = torch.arange(height, dtype=torch.float64, device=device) + 0.5
+    angle = math.pi / height * first[:, None] * torch.arange(height, device=device)
     rows = torch.stack([angle.cos(), -angle.sin()], 1).flatten(0, 1)
-    frequency = first[:, None] + 2 * height * torch.arange(stride, device=like.device)
-    angle = math.pi / (height * stride) * frequency[:, :, None] * torch.arange(width, device=like.device)
+    frequency = first[:, None] + 2 * height * torch.arange(stride, device=device)
+    angle = math.pi / (height * stride) * frequency[:, :, None] * torch.arange(width, device=device)
     cos, sin = angle.cos(), angle.sin()
     columns = torch.cat([torch.cat([cos, sin], 2), torch.cat([-sin, cos], 2)], 1)
-    return rows.to(like.dtype), columns.to(like.dtype)
+    return rows.to(dtype), columns.to(dtype)
 
 
 def kernel_factors(kernel: Tensor, height: int, stride: int) -> tuple[Tensor, Tensor]:
@@ -72,12 +74,36 @@ def convolve_by_matrices(
         factors: The kernel's `kernel_factors`.
         bias: Bias (C).
     """
-    batch, height, width, channels = x.shape
-    (rows, columns), (real, imaginary) = matrices, factors
-    parts = torch.matmul(rows, x.reshape(batch, height, -1)).view(batch, height, 2 * width, channels)
-    parts = torch.matmul(columns, parts).unflatten(2, (2, -1))
+    real, imaginary = factors
+    parts = spectrum_parts(x, matrices)
     product = parts * real
     product[:, :, 0].addcmul_(parts[:, :, 1], imaginary, value=-1)
     product[:, :, 1].addcmul_(parts[:, :, 0], imaginary)
-    parts = torch.matmul(columns.mT, product.flatten(2, 3)).view(batch, 2 * height, -1)
-    return torch.matmul(rows.mT, parts).view(x.shape).add_(bias)
+    return images_of(product, x, matrices).add_(bias)
+
+
+def convolve_by_constants(
+    x: Tensor, matrices: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor], bias: Tensor
+) -> Tensor:
+    """Returns what `convolve_by_matrices` returns, by operations that an ONNX file has: none of them in place."""
+    real, imaginary = factors[0], factors[1].unsqueeze(1)
+    parts = spectrum_parts(x, matrices)
+    # Each factor once: a graph holds a constant for each use.
+    product = parts * real + (parts * imaginary).flip(2) * parts.new_tensor([-1.0, 1.0]).view(2, 1, 1)
+    return images_of(product, x, matrices) + bias
+
+
+def spectrum_parts(x: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the spectra (b, H, 2, S, C) of images (b, H, W, C), real and imaginary parts, by their `transforms`."""
+    batch, height, width, channels = x.shape
+    rows, columns = matrices
+    parts = torch.matmul(rows, x.reshape(batch, height, width * channels)).view(batch, height, 2 * width, channels)
+    return torch.matmul(columns, parts).view(batch, height, 2, columns.shape[1] // 2, channels)
+
+
+def images_of(parts: Tensor, like: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the images (b, H, W, C), of ``like``'s size, that have a spectrum, times n / 2."""
+    batch, height, width, channels = like.shape
+    rows, columns = matrices
+    parts = torch.matmul(columns.mT, parts.flatten(2, 3)).view(batch, 2 * height, width * channels)
+    return torch.matmul(rows.mT, parts).view(batch, height, width, channels)

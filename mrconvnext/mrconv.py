@@ -16,7 +16,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
-from .derived import DropsDerived, is_compiled_for_inference, is_eager, is_ordinary
+from .derived import DropsDerived, is_compiled_for_inference, is_eager, is_ordinary, is_traced_for_onnx
 from .grid import (
     convolve_image,
     image_fft_length,
@@ -29,6 +29,7 @@ from .imageconv import (
     AdaptiveConvolution,
     channel_sums,
     convolve_deployed,
+    convolve_for_onnx,
 )
 from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
 from .longconv import autocorrelation, branch_energies, spectrum
@@ -209,6 +210,9 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 @torch.fx.wrap
 def check_input(x: Tensor, channels: int, dims: int) -> None:
     """Raises if ``x`` is not a floating-point tensor (B, channels, …) of ``dims`` dimensions."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():  # whose sizes are the example's
+            return
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.dim() != dims or x.shape[1] != channels:
@@ -421,20 +425,26 @@ class MRConv2d(DropsDerived):
         x = at_least_float32(x)
         if self.kernel is not None:
             y = self._forward_deployed(x)
-        elif self.norm is not None:
-            y = self._forward_parseval(x)
         else:
-            y = self._forward_batch(x)
+            y = self._forward_branches(x)
         return y.to(dtype)
 
     def _forward_deployed(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if not torch.is_grad_enabled() and is_ordinary(x, [self.kernel, self.bias]):
                 return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
+            if is_traced_for_onnx():
+                return convolve_for_onnx(x, self.kernel, self.bias, self.row_stride, self.guard)
             if is_compiled_for_inference():
                 return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
         return add_bias(y, self.bias)
+
+    def _forward_branches(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if is_traced_for_onnx():
+                raise RuntimeError("the ONNX exporter can't trace the training form: reparameterize the model before")
+        return self._forward_batch(x) if self.norm is None else self._forward_parseval(x)
 
     def _forward_batch(self, x: Tensor) -> Tensor:
         """The paper's form: a convolution and a BatchNorm for each branch."""
