@@ -114,6 +114,8 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     own = model.state_dict()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MRConv2d)}
     # The layers look after their shapes, and after what is missing where their form changes.
+    for name, layer in layers.items():
+        layer.check_reference(state_dict, f"{name}.")
     changing = [
         f"{name}." for name, layer in layers.items() if (layer.kernel is None) == (f"{name}.kernel" in state_dict)
     ]

@@ -151,6 +151,12 @@ def is_deployed(model: nn.Module) -> bool:
     return all(layer.kernel is not None for layer in model.modules() if isinstance(layer, MRConv2d))
 
 
+def random_images(model: MRConvNeXt) -> Tensor:
+    """Returns two random images of the size that a model was made for."""
+    size = (2, model.stem[0].in_channels, *model.pretrained_cfg["input_size"][1:])
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
 def parity(model: nn.Module, other: nn.Module, images: Tensor) -> Parity:
     """Returns how far a model is from another one with layers of the same names, on ``images``; both in eval mode."""
@@ -196,8 +202,7 @@ def _write(
     save_for_hf(exported, folder, model_args=arguments, safe_serialization=True)
 
     original = copy.deepcopy(model).float().cpu().eval()
-    if images is None:
-        images = torch.randn((2, *exported.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
+    images = random_images(exported) if images is None else images
     try:
         found = parity(original, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), images)
     except (RuntimeError, TypeError) as error:

@@ -543,14 +543,15 @@ class MRConv2d(DropsDerived):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         # Raised here, not collected: the layer's children would be loaded all the same.
-        self._check_reference(state_dict, prefix)
+        self.check_reference(state_dict, prefix)
         self._take_form_of(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _check_reference(self, state_dict, prefix: str) -> None:
-        """Raises if the layer of a state dict has another reference grid, other branches or channels than this one."""
+    @torch.jit.unused
+    def check_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raises a RuntimeError if a state dict's layer has another grid, other branches or channels than this one."""
         own = {"grid": [*self.reference_grid, self.guard], "lengths": self.branch_lengths}
         for name, value in own.items():
             given = state_dict.get(prefix + name)

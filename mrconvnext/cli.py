@@ -1,0 +1,197 @@
+"""The command ``mrconvnext``: checkpoints in, checkpoints out."""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from timm.data import ImageDataset, create_transform, resolve_data_config
+from timm.models import load_state_dict
+from timm.models.convnext import ConvNeXt
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+
+from .flops import count_flops
+from .hub import LIMIT, is_deployed, parity, push_to_hub, random_images, save
+from .mrconv import MRConv2d
+from .mrconvnext import MRConvNeXt, from_convnext
+
+SOURCE = """
+SOURCE is a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME, one of timm's names with or without tag
+(mrconvnext_tiny.convnext_fb_in1k, convnext_tiny.fb_in1k), or a checkpoint file with --model. A ConvNeXt is taken as an
+MRConvNeXt whose branches have α = 0.
+"""
+
+# The classifier's weight in the layouts that timm reads.
+CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    args = make_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (HfHubHTTPError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"mrconvnext {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mrconvnext", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {SOURCE}")
+        own.set_defaults(run=run)
+        own.add_argument("source", metavar="SOURCE", help="the checkpoint, see above")
+        own.add_argument("--model", metavar="NAME", help="what a checkpoint file is of: mrconvnext_tiny, …")
+        own.add_argument(
+            *("--model-kwargs", "-k"),
+            nargs="*",
+            default={},
+            action=ParseKwargs,
+            metavar="NAME=VALUE",
+            help="arguments of timm.create_model, such as img_size=384 (default: none)",
+        )
+        return own
+
+    own = command("convert", convert, "write a ConvNeXt's checkpoint, or ours, as an MRConvNeXt in the form it has")
+    own.add_argument("folder", metavar="FOLDER", type=Path, help="where to write")
+
+    own = command("fuse", fuse, "write the deployed form of a checkpoint: one kernel a layer, in float32")
+    own.add_argument("folder", metavar="FOLDER", type=Path, help="where to write")
+    own.add_argument("--images", metavar="FOLDER", help="images to compare both forms on as well (default: none)")
+    own.add_argument("--max-images", type=int, default=16, help="number of them that are taken (default: 16)")
+    own.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help="largest difference of the logits and of a layer's output, as a fraction of the largest value "
+        "(default: %(default)s)",
+    )
+
+    own = command("push", push, "upload a checkpoint to the Hub, as the user that is logged in there")
+    own.add_argument("repo_id", metavar="REPO_ID", help="organisation/name; made if it is not there")
+    own.add_argument("--fused", action="store_true", help="upload the deployed form (default: the form it has)")
+    own.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    own.add_argument("--revision", help="branch (default: the main one)")
+    own.add_argument("--commit-message", default="Add model", help="(default: %(default)s)")
+
+    command("info", info, "print a checkpoint's form, kernels, grid, parameters and GFLOPs")
+    return parser
+
+
+def load(args: argparse.Namespace) -> MRConvNeXt:
+    """Returns the MRConvNeXt that a command's SOURCE stands for, in eval mode."""
+    path = Path(args.source)
+    options = dict(args.model_kwargs)
+    name = args.source
+    if path.is_file() and args.model is None and path.with_name("config.json").is_file():
+        path = path.parent
+    if path.is_file():
+        if args.model is None:
+            raise ValueError(f"{path} is a file: say with --model what it is of, such as --model mrconvnext_tiny")
+        name = args.model
+        overlay = {"file": str(path), "num_classes": classes_of(path), "hf_hub_id": None}
+        options = {"num_classes": overlay["num_classes"], **options, "pretrained_cfg_overlay": overlay}
+    elif path.is_dir():
+        name = f"local-dir:{path}"
+    model = timm.create_model(name, pretrained=True, **options)
+    if type(model) is ConvNeXt:
+        model = from_convnext(model)
+    if not isinstance(model, MRConvNeXt):
+        raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
+    return model.eval()
+
+
+def classes_of(file: Path) -> int:
+    """Returns the number of classes of a checkpoint file, 0 if it has no classifier."""
+    weights = load_state_dict(str(file))
+    return next((len(weights[name]) for name in CLASSIFIERS if name in weights), 0)
+
+
+def convert(args: argparse.Namespace) -> int:
+    model = load(args)
+    save(model, args.folder)
+    print(f"{form_of(model)} written to {args.folder}")
+    return 0
+
+
+def fuse(args: argparse.Namespace) -> int:
+    model = load(args)
+    fused = copy.deepcopy(model).reparameterize()
+    compared = {"random images": random_images(model)}
+    if args.images is not None:
+        compared[f"images of {args.images}"] = real_images(model, args.images, args.max_images)
+    for name, images in compared.items():
+        found = parity(model, fused, images)
+        print(f"parity error on {len(images)} {name}: {found}")
+        if not max(found.logits, found.layer) <= args.limit:
+            raise ValueError(f"the parity error is above --limit {args.limit}: nothing is written")
+    save(model, args.folder, fused=True, limit=args.limit)
+    print(f"deployed form written to {args.folder}")
+    return 0
+
+
+def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
+    """Returns images (B, C, H, W) of a folder as the model takes them in evaluation."""
+    dataset = ImageDataset(folder, transform=create_transform(**resolve_data_config(model=model)))
+    return torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
+
+
+def push(args: argparse.Namespace) -> int:
+    print(
+        push_to_hub(
+            load(args),
+            args.repo_id,
+            fused=args.fused,
+            private=args.private,
+            revision=args.revision,
+            commit_message=args.commit_message,
+        )
+    )
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    model = load(args)
+    cfg = model.pretrained_cfg
+    flops = count_flops(model, cfg["input_size"])
+    lines = {
+        "architecture": cfg["architecture"],
+        "form": form_of(model),
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M",
+        "GFLOPs": f"{flops.per_image / 1e9:.2f} an image of {cfg['input_size'][1]}×{cfg['input_size'][2]}",
+        "classes": model.num_classes,
+        "licence": cfg.get("license"),
+    }
+    for i, stage in enumerate(model.stages):
+        lines[f"stage {i + 1}"] = f"{len(stage.blocks)} blocks, {describe(stage.blocks[0].conv_dw)}"
+    print("\n".join(f"{name:13} {value}" for name, value in lines.items()))
+    return 0
+
+
+def form_of(model: nn.Module) -> str:
+    return "deployed form" if is_deployed(model) else "training form"
+
+
+def describe(layer: MRConv2d) -> str:
+    """Returns what a layer's kernels are, in words."""
+    height, width = layer.reference_grid
+    grid = f"grid {height}×{width}, guard {layer.guard}"
+    if layer.kernel is not None:
+        return f"{layer.channels} channels, {grid}, one kernel of {layer.kernel.shape[1]} lags"
+    directions = "two directions" if layer.bidirectional else "one direction"
+    lengths = ", ".join(str(length) for length in layer.branch_lengths)
+    return (
+        f"{layer.channels} channels, {grid}, {layer.kernel_kind} kernels of {lengths} positions in {directions}, "
+        f"norm {layer.branch_norm}, local taps {layer.kernel_size}×{layer.kernel_size}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

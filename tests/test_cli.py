@@ -1,0 +1,157 @@
+"""The command line, and the launcher of timm's scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import SMALL, layers_of, randomize, small_model
+from hub_server import Hub
+from PIL import Image
+from safetensors.torch import save as as_safetensors
+from torch import nn
+
+import mrconvnext
+from mrconvnext.cli import main
+
+FILES = {"README.md", "config.json", "model.safetensors"}
+OPTIONS = ["-k", *(f"{name}={SMALL[name]}".replace(" ", "") for name in ("depths", "dims"))]
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def logits(name: str, **options) -> torch.Tensor:
+    model = timm.create_model(name, pretrained=True, **options).eval()
+    with torch.no_grad():
+        return model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+
+
+def test_a_convnexts_file_becomes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    convnext = randomize(timm.create_model("convnext_atto", **{k: v for k, v in SMALL.items() if k != "img_size"}))
+    torch.save({"state_dict": convnext.state_dict()}, tmp_path / "convnext.pth")
+    assert run("convert", tmp_path / "convnext.pth", tmp_path / "out", "--model", "mrconvnext_atto", *OPTIONS) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
+    with torch.no_grad():
+        expected = convnext.eval()(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64))
+    torch.testing.assert_close(logits(f"local-dir:{tmp_path}/out"), expected, atol=1e-5, rtol=1e-5)
+    assert "training form written" in capsys.readouterr().out
+
+
+def test_a_convnext_of_the_hub_becomes_a_model(hub: Hub, tmp_path: Path) -> None:
+    convnext = randomize(timm.create_model("convnext_atto"))
+    hub.add("timm/convnext_atto.d2_in1k", {"model.safetensors": as_safetensors(convnext.state_dict())})
+    assert run("convert", "convnext_atto.d2_in1k", tmp_path / "a") == 0
+    assert run("convert", "mrconvnext_atto", tmp_path / "b") == 0
+    assert torch.equal(logits(f"local-dir:{tmp_path}/a"), logits(f"local-dir:{tmp_path}/b"))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's dataset leaves them to Python
+def test_fuse(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mrconvnext.save(small_model(), tmp_path / "trained")
+    for i in range(3):
+        Image.effect_noise((80, 70), 60).convert("RGB").save(tmp_path / f"{i}.png")
+    assert run("fuse", tmp_path / "trained", tmp_path / "fused", "--images", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "on 2 random images: logits" in out and f"on 3 images of {tmp_path}: logits" in out and "worst layer" in out
+    a, b = logits(f"local-dir:{tmp_path}/trained"), logits(f"local-dir:{tmp_path}/fused")
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert layers_of(timm.create_model(f"local-dir:{tmp_path}/fused", pretrained=True))[0].kernel is not None
+
+    assert run("fuse", tmp_path / "trained", tmp_path / "refused", "--limit", 1e-12) == 1
+    assert "--limit 1e-12" in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+def test_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    mrconvnext.save(small_model(), tmp_path / "trained")
+    assert run("push", tmp_path / "trained", "someone/fused", "--fused", "--private") == 0
+    assert f"{hub.address}/someone/fused/commit/" in capsys.readouterr().out
+    assert hub.repositories["someone/fused"].private and set(hub.repositories["someone/fused"].files("main")) == FILES
+    assert logits("hf-hub:someone/fused", num_classes=3).shape == (1, 3)
+    assert run("info", "hf-hub:someone/fused") == 0
+    assert "deployed form" in capsys.readouterr().out
+
+
+def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = small_model(branch_norm="parseval", kernel="dilated")
+    for fused, words in ((False, ["training form", "dilated", "28, 56", "parseval"]), (True, ["607 lags"])):
+        mrconvnext.save(model, tmp_path, fused=fused)
+        for source in (tmp_path, tmp_path / "model.safetensors"):
+            assert run("info", source) == 0
+            out = capsys.readouterr().out
+            parameters = sum(
+                p.numel() for p in timm.create_model(f"local-dir:{tmp_path}", pretrained=True).parameters()
+            )
+            assert all(word in out for word in ["mrconvnext_atto", "grid 16×16", f"{parameters / 1e6:.2f} M", *words])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "mrconvnext_giant"], ["mrconvnext_giant"]),
+        (["info", "hf-hub:no/body"], ["no/body", "Repository Not Found"]),
+        (["info", "weights.pth"], ["weights.pth", "--model"]),
+        (["info", "weights.pth", "--model", "mrconvnext_tiny"], ["grid is [16, 16, 3]", "img_size"]),
+        (["fuse", "weights.pth", "out", "--model", "mrconvnext_atto", *OPTIONS, "img_size=96"], ["grid", "img_size"]),
+        (["fuse", "saved", "out", "--images", "empty"], ["empty"]),
+        (["convert", "code.pth", "out", "--model", "mrconvnext_atto"], ["weights_only"]),
+    ],
+    ids=str,
+)
+def test_errors_are_one_message(
+    arguments: list[str], words: list[str], hub: Hub, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(small_model().state_dict(), "weights.pth")
+    torch.save({"weight": nn.Linear}, "code.pth")
+    mrconvnext.save(small_model(), "saved")
+    Path("empty").mkdir()
+    capsys.readouterr()
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"mrconvnext {arguments[0]}: ") and all(word in error for word in words), error
+    assert not Path("out").exists()
+
+
+# The launcher
+
+SCRIPT = """
+import sys
+
+import beside
+import timm
+
+print(__name__, beside.value, sys.argv[1:], len(timm.list_models("mrconvnext_*")))
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]], ids=["python", "torchrun"]
+)
+def test_scripts_know_the_models(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "validate.py").write_text(SCRIPT)
+    (tmp_path / "scripts" / "beside.py").write_text("value = 'found'")
+    (tmp_path / "beside.py").write_text("value = 'of the current folder'")
+    process = subprocess.run(
+        [sys.executable, *command, "mrconvnext.timm_script", "scripts/validate.py", "--model", "x"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(mrconvnext.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines == ["__main__ found ['--model', 'x'] 8"] * (2 if "2" in command else 1)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing.py"]], ids=["none", "missing"])
+def test_the_launcher_names_a_missing_script(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "mrconvnext.timm_script", *arguments]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and "usage" in process.stderr and all(word in process.stderr for word in arguments)
