@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mrconvnext
-from mrconvnext.block import FastBlock
+from mrconvnext.block import use_fast_blocks
 from mrconvnext.flops import count_flops
 from mrconvnext.plots import plot_accuracy, plot_throughput, plot_time_per_pixel
 
@@ -332,7 +332,7 @@ def create_model(row: Row, args: argparse.Namespace) -> nn.Module:
     if row.form == "deployed":
         model.reparameterize()
     if row.form == "fast blocks":
-        with_fast_blocks(model)
+        use_fast_blocks(model)
     return model
 
 
@@ -350,13 +350,6 @@ def make_as_if_trained(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if (last := name.rpartition(".")[2]) in TRAINED:
             value.uniform_(*TRAINED[last])
-
-
-def with_fast_blocks(model: nn.Module) -> None:
-    """Gives a ConvNeXt the blocks that a deployed MRConvNeXt has, in place."""
-    for stage in model.stages:
-        for i, block in enumerate(stage.blocks):
-            stage.blocks[i] = FastBlock(block)
 
 
 # Timing

@@ -5,7 +5,7 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, LayerNorm, LayerNorm2d, Mlp
-from timm.models.convnext import ConvNeXtBlock
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -98,6 +98,14 @@ class FastBlock(DropsDerived, ConvNeXtBlock):
         mlp = self.mlp
         gamma = [] if self.gamma is None else [self.gamma]
         return [self.norm.weight, self.norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, *gamma]
+
+
+def use_fast_blocks(model: ConvNeXt) -> ConvNeXt:
+    """Gives a ConvNeXt fast blocks, in place, and returns it."""
+    for stage in model.stages:
+        for i, block in enumerate(stage.blocks):
+            stage.blocks[i] = FastBlock(block)
+    return model
 
 
 def is_random(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
 from torch import Tensor, nn
 
-from .block import FastBlock
+from .block import use_fast_blocks
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .mrconv import MRConv2d, check_input
 
@@ -143,7 +143,7 @@ class MRConvNeXt(ConvNeXt):
         self._check_images()
         seed = 0
         for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
-            for i, block in enumerate(stage.blocks):
+            for block in stage.blocks:
                 conv = block.conv_dw
                 smallest = conv.dilation[0] * (kernel_size // 2) + 1
                 block.conv_dw = MRConv2d(
@@ -158,8 +158,8 @@ class MRConvNeXt(ConvNeXt):
                     dtype=conv.weight.dtype,
                     **options,
                 )
-                stage.blocks[i] = FastBlock(block)
                 seed += 1
+        use_fast_blocks(self)
 
     def _check_images(self) -> None:
         """Makes the stem refuse what is no image for this model: not every way to run it calls ``forward``."""

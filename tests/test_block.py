@@ -10,7 +10,7 @@ from helpers import SMALL, assert_agree, randomize, small_model
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from mrconvnext.block import FastBlock
+from mrconvnext.block import FastBlock, use_fast_blocks
 from mrconvnext.derived import derived_count
 
 
@@ -18,11 +18,7 @@ def fast_convnext(**options) -> tuple[nn.Module, nn.Module]:
     """Returns timm's ConvNeXt, and the same one with fast blocks."""
     options = {name: value for name, value in {**SMALL, **options}.items() if name != "img_size"}
     plain = randomize(timm.create_model("convnext_atto", **options)).eval()
-    fast = copy.deepcopy(plain)
-    for stage in fast.stages:
-        for i, block in enumerate(stage.blocks):
-            stage.blocks[i] = FastBlock(block)
-    return plain, fast
+    return plain, use_fast_blocks(copy.deepcopy(plain))
 
 
 def is_folded(model: nn.Module) -> bool:
