@@ -1,9 +1,9 @@
 # make demo    train, reparameterize and plot a small MRConvNeXt on real images
 # make test    run the tests
-# make timm    run timm's own model tests over our models: make timm MODELS="atto tiny"
+# make timm    run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
 # make lint    check the code's style
 PYTHON ?= python3
-MODELS ?= atto tiny
+MODELS ?= atto tiny v2_atto
 BIN := .venv/bin
 
 .PHONY: demo test timm lint

@@ -4,11 +4,13 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from timm.data import ImageDataset, create_transform, resolve_data_config
 from timm.models import load_state_dict
 from timm.models.convnext import ConvNeXt
@@ -32,7 +34,11 @@ CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    try:
+        args = parser.parse_args(arguments)
+    except ValueError:
+        parser.error("--model-kwargs must be given as NAME=VALUE")
     try:
         return args.run(args)
     except (HfHubHTTPError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -65,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("fuse", fuse, "write the deployed form of a checkpoint: one kernel a layer, in float32")
     own.add_argument("folder", metavar="FOLDER", type=Path, help="where to write")
     own.add_argument("--images", metavar="FOLDER", help="images to compare both forms on as well (default: none)")
-    own.add_argument("--max-images", type=int, default=16, help="number of them that are taken (default: 16)")
+    own.add_argument("--max-images", type=positive, default=16, help="number of them that are taken (default: 16)")
     own.add_argument(
         "--limit",
         type=float,
@@ -85,6 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def load(args: argparse.Namespace) -> MRConvNeXt:
     """Returns the MRConvNeXt that a command's SOURCE stands for, in eval mode."""
     path = Path(args.source)
@@ -102,7 +115,9 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         name = f"local-dir:{path}"
     model = timm.create_model(name, pretrained=True, **options)
     if type(model) is ConvNeXt:
+        started_from = model.pretrained_cfg.get("hf_hub_id")
         model = from_convnext(model)
+        model.started_from = started_from
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
     return model.eval()
@@ -110,7 +125,10 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
 
 def classes_of(file: Path) -> int:
     """Returns the number of classes of a checkpoint file, 0 if it has no classifier."""
-    weights = load_state_dict(str(file))
+    try:
+        weights = load_state_dict(str(file))
+    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{file} is damaged or no checkpoint that may be read ({error})") from error
     return next((len(weights[name]) for name in CLASSIFIERS if name in weights), 0)
 
 
@@ -130,7 +148,7 @@ def fuse(args: argparse.Namespace) -> int:
     for name, images in compared.items():
         found = parity(model, fused, images)
         print(f"parity error on {len(images)} {name}: {found}")
-        if not max(found.logits, found.layer) <= args.limit:
+        if not found.within(args.limit):
             raise ValueError(f"the parity error is above --limit {args.limit}: nothing is written")
     save(model, args.folder, fused=True, limit=args.limit)
     print(f"deployed form written to {args.folder}")
@@ -139,7 +157,11 @@ def fuse(args: argparse.Namespace) -> int:
 
 def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
     """Returns images (B, C, H, W) of a folder as the model takes them in evaluation."""
-    dataset = ImageDataset(folder, transform=create_transform(**resolve_data_config(model=model)))
+    if not Path(folder).is_dir():
+        raise ValueError(f"--images {folder} is no folder")
+    mode = "L" if model.stem[0].in_channels == 1 else "RGB"
+    transform = create_transform(**resolve_data_config(model=model))
+    dataset = ImageDataset(folder, input_img_mode=mode, transform=transform)
     return torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
 
 

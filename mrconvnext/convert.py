@@ -54,6 +54,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             raise RuntimeError(f"these are not the weights of a ConvNeXt like this model: {error!r}") from error
         state_dict = with_branches(state_dict, model)
     _check_fit(state_dict, model)
+    head, cfg = state_dict.get("head.fc.weight"), getattr(model, "pretrained_cfg", {})
+    if head is not None and len(head) == model.num_classes != cfg.get("num_classes"):
+        _logger.warning(
+            f"timm drops the classifier of these weights, which has the model's {len(head)} classes: their "
+            f"configuration says num_classes={cfg.get('num_classes')}. Give pretrained_cfg_overlay=dict(…, "
+            f"num_classes={len(head)}) to keep it."
+        )
     return state_dict
 
 
@@ -116,19 +123,17 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     # The layers look after their shapes, and after what is missing where their form changes.
     for name, layer in layers.items():
         layer.check_reference(state_dict, f"{name}.")
-    changing = [
-        f"{name}." for name, layer in layers.items() if (layer.kernel is None) == (f"{name}.kernel" in state_dict)
-    ]
-    elsewhere = ("head.fc.", *changing)
+    changing = [name for name, layer in layers.items() if (layer.kernel is None) == (f"{name}.kernel" in state_dict)]
+    free = ("head.fc.", *(f"{name}." for name in changing))
     missing, unexpected = (
-        [name for name in a if name not in b and not name.startswith(elsewhere)]
+        [name for name in a if name not in b and not name.startswith(free)]
         for a, b in ((own, state_dict), (state_dict, own))
     )
-    elsewhere = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
+    of_any_shape = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
     reshaped = [
         f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"
         for name, given in state_dict.items()
-        if name in own and not name.startswith(elsewhere) and given.shape != own[name].shape
+        if name in own and not name.startswith(of_any_shape) and given.shape != own[name].shape
     ]
     problems = {"missing": missing, "not in the model": unexpected, "of another shape": reshaped}
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)

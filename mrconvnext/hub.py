@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -53,6 +54,10 @@ class Parity(NamedTuple):
     layer: float
     name: str
 
+    def within(self, limit: float) -> bool:
+        """Returns whether both are at most ``limit``; a NaN never is."""
+        return self.logits <= limit and self.layer <= limit
+
     def __str__(self) -> str:
         return f"logits {self.logits:.1e}, worst layer {self.layer:.1e} ({self.name})"
 
@@ -86,9 +91,12 @@ def save(
 
     Raises:
         TypeError: If ``model`` is not an MRConvNeXt.
-        ValueError: If what would be written could not be read by timm, or is not this model within ``limit``.
+        ValueError: If what would be written could not be read by timm, or is not this model within ``limit``; if the
+            folder holds a model in the other form.
     """
+    _check_model(model)
     folder = Path(folder)
+    _check_folder(folder, fused or is_deployed(model))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         parity = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
@@ -120,7 +128,7 @@ def push_to_hub(
         model_args: See `save`.
         token: See ``huggingface_hub.HfApi``, as for the arguments below. Default: the one that is logged in.
         private: Whether a new repository is private. Default: as the organisation has it.
-        revision: Branch. Default: the main one.
+        revision: Branch, made if it is not there. Default: the main one.
         commit_message: The commit's message.
         create_pr: Whether to open a pull request instead.
 
@@ -129,13 +137,18 @@ def push_to_hub(
 
     Raises:
         TypeError: See `save`.
-        ValueError: See `save`.
+        ValueError: See `save`; if ``repo_id`` has no organisation.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
+    _check_model(model)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
     with tempfile.TemporaryDirectory() as temporary:
         _write(model, Path(temporary), f"hf-hub:{repo_id}", fused, metrics, model_args, None, LIMIT)
         api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=temporary,
@@ -152,7 +165,7 @@ def is_deployed(model: nn.Module) -> bool:
 
 
 def random_images(model: MRConvNeXt) -> Tensor:
-    """Returns two random images of the size that a model was made for."""
+    """Returns two random images of the size that a model's configuration names."""
     size = (2, model.stem[0].in_channels, *model.pretrained_cfg["input_size"][1:])
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
@@ -181,7 +194,20 @@ def parity(model: nn.Module, other: nn.Module, images: Tensor) -> Parity:
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    difference = (actual - expected).abs().max()
+    return 0.0 if difference == 0 else (difference / expected.abs().max()).item()  # outputs may all be zero
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, MRConvNeXt):
+        raise TypeError(f"model must be an MRConvNeXt, got {type(model).__name__}")
+
+
+def _check_folder(folder: Path, deployed: bool) -> None:
+    """Raises if a folder holds a model in the other form: the training form can't be had back from the deployed one."""
+    file = folder / "config.json"
+    if file.is_file() and json.loads(file.read_text())["model_args"]["inference_mode"] != deployed:
+        raise ValueError(f"{folder} holds the {'training' if deployed else 'deployed'} form: give each its own folder")
 
 
 def _write(
@@ -195,25 +221,25 @@ def _write(
     limit: float,
 ) -> Parity:
     """Writes a model's files, and reads them back. The arguments are those of `save`, and the name that timm knows."""
-    if not isinstance(model, MRConvNeXt):
-        raise TypeError(f"model must be an MRConvNeXt, got {type(model).__name__}")
     exported = _exported(model, fused)
     arguments = _arguments(exported, model_args)
     save_for_hf(exported, folder, model_args=arguments, safe_serialization=True)
-
-    original = copy.deepcopy(model).float().cpu().eval()
-    images = random_images(exported) if images is None else images
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     try:
-        found = parity(original, timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), images)
+        with torch.random.fork_rng(devices=[]):  # a run that saves goes on as it would have
+            again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"timm can't make the model again from its architecture {exported.pretrained_cfg['architecture']} and "
             f"model_args={arguments}; give what is missing as model_args. {error}"
         ) from error
-    if not max(found.logits, found.layer) <= limit:
+    images = random_images(exported) if images is None else images
+    found = parity(copy.deepcopy(model).float().cpu().eval(), again, images)
+    if not found.within(limit):
         raise ValueError(
-            f"the model written differs from the model by more than limit={limit:.0e}: {found}. If it was made with "
-            "arguments that are not among these, give them as model_args: " + json.dumps(arguments)
+            f"the model written differs from the model by more than limit={limit:.0e}: {found}. nan stands for weights "
+            "that are not finite; if the model was made with arguments that are not among these, give them as "
+            f"model_args: {json.dumps(arguments)}"
         )
     _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
     card = generate_readme(_card(exported, name, found, metrics), name.rpartition("/")[2])
@@ -223,7 +249,7 @@ def _write(
 
 def _exported(model: MRConvNeXt, fused: bool) -> MRConvNeXt:
     """Returns the copy of a model that is written, its configuration that of the model as it is now."""
-    exported = copy.deepcopy(model).cpu().eval()
+    exported = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
     if fused:
         exported.float().reparameterize()
     input_size = (exported.stem[0].in_channels, *exported.pretrained_cfg["input_size"][1:])
@@ -263,7 +289,7 @@ def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[st
         "Parameters (M)": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
         "Image size": " x ".join(str(side) for side in cfg["input_size"][1:]),
         "Classes": model.num_classes,
-        "Started from": model.started_from or "no published weights",
+        "Started from": model.started_from or "not recorded",
         "Largest difference from the model it was made of": str(found),
         **(metrics or {}),
     }

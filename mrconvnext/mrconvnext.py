@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.layers import to_2tuple, to_ntuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from .block import use_fast_blocks
@@ -22,6 +23,12 @@ __all__ = ["MRConvNeXt"]
 NOT_SAVED = (
     *("num_classes", "in_chans", "global_pool", "inference_mode"),
     *("drop_rate", "drop_path_rate", "sync_norm", "alpha_init"),
+)
+
+# Options of the branches, which a ConvNeXt does not have.
+CONVERSION_OPTIONS = (
+    *("kernel", "branch_norm", "sync_norm", "bidirectional"),
+    *("min_lengths", "max_branches", "modes", "taps", "img_size"),
 )
 
 # Four stages halve a patch of 4 pixels three times.
@@ -208,12 +215,15 @@ def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
     """
     if type(model) is not ConvNeXt:
         raise TypeError(f"model must be timm's ConvNeXt itself, no wrapper, features_only or else, got {type(model)}")
-    for block in model.modules():
-        if isinstance(block, ConvNeXtBlock) and not _is_replaceable(block.conv_dw):
-            raise TypeError(f"model must be a ConvNeXt with k×k depthwise convolutions, k odd, got {block.conv_dw}")
+    for stage in model.stages:
+        convolutions = [block.conv_dw for block in stage.blocks]
+        if not all(_is_replaceable(conv, convolutions[0].kernel_size) for conv in convolutions):
+            raise TypeError(
+                "model must be a ConvNeXt with zero-padded k×k depthwise convolutions, k odd and the same in a stage, "
+                f"got {convolutions}"
+            )
     defaults = MRConvNeXt.__init__.__kwdefaults__
-    own = {name: defaults[name] for name in ("kernel", "branch_norm", "sync_norm", "bidirectional", "min_lengths")}
-    own |= {name: defaults[name] for name in ("max_branches", "modes", "taps", "img_size")}
+    own = {name: defaults[name] for name in CONVERSION_OPTIONS}
     if unknown := [name for name in options if name not in own]:
         raise TypeError(f"options must be among {', '.join(own)}, got {', '.join(unknown)}")
 
@@ -237,14 +247,17 @@ def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
 
 
 def _cfg_of_unknown(model: ConvNeXt) -> dict[str, Any]:
-    """Returns a configuration for a ConvNeXt that does not come from timm's registry."""
-    cfg = default_cfgs["mrconvnextv2_small"].cfgs["untrained"].to_dict()
+    """Returns a configuration for a ConvNeXt that does not come from timm's registry: one of no weights."""
+    cfg = default_cfgs["mrconvnextv2_small"].cfgs["untrained"].to_dict()  # timm's defaults
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.stem[0].in_channels, 224, 224)}
 
 
-def _is_replaceable(conv: Optional[nn.Module]) -> bool:
+def _is_replaceable(conv: nn.Module, kernel_size: tuple[int, int]) -> bool:
+    """Returns whether local taps of this size can stand for a convolution."""
     return (
         type(conv) is nn.Conv2d
+        and conv.kernel_size == kernel_size
+        and conv.padding_mode == "zeros"
         and conv.stride == (1, 1)
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.kernel_size[0] == conv.kernel_size[1]
@@ -267,6 +280,9 @@ default_cfgs = generate_default_cfgs(
 def _create_mrconvnext(
     variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> MRConvNeXt:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if pretrained and cfg.file and not Path(cfg.file).exists():
+        raise FileNotFoundError(f"there are no weights at {cfg.file}")
     try:
         model = build_model_with_cfg(
             MRConvNeXt,
@@ -277,13 +293,12 @@ def _create_mrconvnext(
             **dict(model_args, **kwargs),
         )
     except SafetensorError as error:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         raise RuntimeError(
             f"the safetensors file of {cfg.file or cfg.hf_hub_id} is damaged ({error}): write it again, or remove it "
             "from the cache and download it again"
         ) from error
-    if pretrained:
-        model.started_from = model.pretrained_cfg.get("hf_hub_id")
+    if pretrained and not (cfg.file or cfg.state_dict):
+        model.started_from = cfg.hf_hub_id
     return model
 
 

@@ -111,6 +111,14 @@ class Hub:
         name, action, branch = "/".join(parts[2:4]), parts[4], parts[5]
         if name not in self.repositories:
             return error(404, "RepoNotFound")
+        repository = self.repositories[name]
+        if action == "branch":
+            if branch in repository.branches:
+                return answer({"error": "exists"}, 409)
+            repository.branches[branch] = repository.branches["main"]
+            return answer({})
+        if repository.sha(branch) is None:
+            return error(404, "RevisionNotFound")
         if action == "preupload":
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
@@ -118,7 +126,7 @@ class Hub:
             return answer({"files": files})
         lines = [json.loads(line) for line in body.splitlines()]
         values = [line["value"] for line in lines if line["key"] == "file"]
-        sha = self.repositories[name].commit({v["path"]: base64.b64decode(v["content"]) for v in values}, branch)
+        sha = repository.commit({v["path"]: base64.b64decode(v["content"]) for v in values}, branch)
         return answer({"commitUrl": f"{self.address}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
 

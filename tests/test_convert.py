@@ -252,6 +252,13 @@ def test_from_convnext_keeps_what_is_frozen_and_double_precision() -> None:
     assert all(p.requires_grad for p in ours.stages[1].parameters())
 
 
+def with_other_convolution(**options) -> nn.Module:
+    model = timm.create_model("convnext_atto", **CONVNEXT)
+    block = model.stages[2].blocks[1]
+    block.conv_dw = nn.Conv2d(32, 32, **{"kernel_size": 7, "padding": 3, "groups": 32, **options})
+    return model
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -260,8 +267,11 @@ def test_from_convnext_keeps_what_is_frozen_and_double_precision() -> None:
         timm.create_model("convnext_atto", features_only=True, **CONVNEXT),
         timm.create_model("mrconvnext_atto", **SMALL),
         timm.create_model("convnext_atto", **{**CONVNEXT, "kernel_sizes": 4}),
+        with_other_convolution(padding_mode="circular"),
+        with_other_convolution(kernel_size=5, padding=2),
+        with_other_convolution(groups=8),
     ],
-    ids=["linear", "text", "features", "ours", "even"],
+    ids=["linear", "text", "features", "ours", "even", "circular", "mixed", "grouped"],
 )
 def test_from_anything_else_is_a_type_error(model) -> None:
     with pytest.raises(TypeError, match="ConvNeXt"):
@@ -311,6 +321,17 @@ def test_part_of_our_own_weights_is_refused() -> None:
         timm.create_model(
             "mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, "num_classes": 7}
         )
+
+
+def test_a_classifier_that_timm_drops_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    overlay = dict(state_dict=convnext(**CONVNEXT).state_dict())
+    timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert any("classifier" in record.message and "num_classes=10" in record.message for record in caplog.records)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=dict(file="nowhere.pth"))
 
 
 def test_load_state_dict_reads_what_training_writes(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_converted_models_say_where_they_come_from(hub: Hub, tmp_path: Path) -> 
     mrconvnext.save(timm.create_model("mrconvnext_atto", pretrained=True), tmp_path / "a")
     assert "Started from:** timm/convnext_atto.d2_in1k" in (tmp_path / "a" / "README.md").read_text()
     mrconvnext.save(timm.create_model("mrconvnext_atto", **SMALL), tmp_path / "b")
-    assert "Started from:** no published weights" in (tmp_path / "b" / "README.md").read_text()
+    assert "Started from:** not recorded" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_a_converted_model_of_ones_own(tmp_path: Path) -> None:
@@ -119,6 +119,46 @@ def test_a_converted_model_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"differs.*act_layer|differs.*model_args"):
         mrconvnext.save(ours, tmp_path, model_args={**options, "use_grn": True, "ls_init_value": None})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_ones_own_is_no_published_weights(tmp_path: Path) -> None:
+    options = {name: value for name, value in SMALL.items() if name != "img_size"}
+    torch.save(timm.create_model("convnext_atto", **options).state_dict(), tmp_path / "own.pth")
+    overlay = dict(file=str(tmp_path / "own.pth"), num_classes=10)
+    model = timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    mrconvnext.save(model, tmp_path / "saved")
+    assert "Started from:** not recorded" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_models_in_channels_last_order(tmp_path: Path) -> None:
+    model = small_model().to(memory_format=torch.channels_last)
+    assert mrconvnext.save(model, tmp_path).logits < 1e-5
+    assert_same(
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model.to(memory_format=torch.contiguous_format)
+    )
+
+
+def test_saving_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
+    model, state = small_model(), torch.get_rng_state()
+    mrconvnext.save(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_whose_outputs_are_zero_is_compared_all_the_same(tmp_path: Path) -> None:
+    model = small_model()
+    with torch.no_grad():
+        nn.init.zeros_(model.head.fc.weight)
+        nn.init.zeros_(model.head.fc.bias)
+        layers_of(model)[1].alpha.zero_()
+        layers_of(model)[1].weight.zero_()
+        layers_of(model)[1].bias.zero_()
+        mrconvnext.save(model, tmp_path / "zeros", fused=True)
+        other = copy.deepcopy(model).reparameterize()
+        layers_of(other)[3].kernel.mul_(1.01)
+    assert not parity(model, other, torch.randn(2, 3, 64, 64)).within(1e-4)
+    nn.init.constant_(model.head.fc.bias, float("nan"))
+    with pytest.raises(ValueError, match="finite"):
+        mrconvnext.save(model, tmp_path / "nan")
 
 
 def test_a_fused_model_of_low_precision_is_written_in_float32(tmp_path: Path) -> None:
@@ -135,6 +175,8 @@ def test_revisions_and_private_repositories(hub: Hub, token: str, monkeypatch: p
     pinned = hub.repositories[REPO].branches["main"]
     mrconvnext.push_to_hub(randomize(small_model(), seed=1), REPO)
     assert hub.repositories[REPO].private
+    mrconvnext.push_to_hub(first, REPO, revision="branch")
+    assert_same(timm.create_model(f"hf-hub:{REPO}@branch", pretrained=True), first)
     assert_same(timm.create_model(f"hf-hub:{REPO}@{pinned}", pretrained=True), first)
     with pytest.raises(AssertionError):
         assert_same(timm.create_model(f"hf-hub:{REPO}", pretrained=True), first)
@@ -183,6 +225,8 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
 def test_pushing_without_a_token(hub: Hub) -> None:
     with pytest.raises((huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalTokenNotFoundError)):
         mrconvnext.push_to_hub(small_model(), REPO)
+    with pytest.raises(ValueError, match="organisation/name"):
+        mrconvnext.push_to_hub(small_model(), "small")
     assert not hub.repositories
 
 
@@ -262,10 +306,12 @@ def test_what_can_not_be_saved(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
-    mrconvnext.save(small_model(), tmp_path)
+    mrconvnext.save(small_model(), tmp_path, fused=True)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="limit"):
         mrconvnext.save(randomize(small_model(), seed=1), tmp_path, fused=True, limit=0)
+    with pytest.raises(ValueError, match="deployed form.*own folder"):
+        mrconvnext.save(small_model(), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -284,6 +330,8 @@ def test_parity_sees_one_bad_layer() -> None:
 
 def test_config_says_what_makes_the_model(tmp_path: Path) -> None:
     mrconvnext.save(small_model(branch_norm="parseval"), tmp_path, fused=True)
+    modes = {oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+    assert len(modes) == 1, modes
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == "mrconvnext_atto" and config["num_classes"] == 10
     assert config["model_args"]["inference_mode"] is True and config["model_args"]["branch_norm"] == "parseval"
