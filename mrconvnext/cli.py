@@ -4,19 +4,17 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from timm.data import ImageDataset, create_transform, resolve_data_config
-from timm.models import load_state_dict
 from timm.models.convnext import ConvNeXt
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
+from .convert import options_of_file
 from .flops import count_flops
 from .hub import LIMIT, is_deployed, parity, push_to_hub, random_images, save
 from .mrconv import MRConv2d
@@ -27,9 +25,6 @@ SOURCE is a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME, one of 
 (mrconvnext_tiny.convnext_fb_in1k, convnext_tiny.fb_in1k), or a checkpoint file with --model. A ConvNeXt is taken as an
 MRConvNeXt whose branches have α = 0.
 """
-
-# The classifier's weight in the layouts that timm reads.
-CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,8 +104,9 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         if args.model is None:
             raise ValueError(f"{path} is a file: say with --model what it is of, such as --model mrconvnext_tiny")
         name = args.model
-        overlay = {"file": str(path), "num_classes": classes_of(path), "hf_hub_id": None}
-        options = {"num_classes": overlay["num_classes"], **options, "pretrained_cfg_overlay": overlay}
+        found = options_of_file(path)
+        overlay = {"file": str(path), "num_classes": found["num_classes"]}
+        options = {**found, **options, "pretrained_cfg_overlay": overlay}
     elif path.is_dir():
         name = f"local-dir:{path}"
     model = timm.create_model(name, pretrained=True, **options)
@@ -121,15 +117,6 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
     return model.eval()
-
-
-def classes_of(file: Path) -> int:
-    """Returns the number of classes of a checkpoint file, 0 if it has no classifier."""
-    try:
-        weights = load_state_dict(str(file))
-    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{file} is damaged or no checkpoint that may be read ({error})") from error
-    return next((len(weights[name]) for name in CLASSIFIERS if name in weights), 0)
 
 
 def convert(args: argparse.Namespace) -> int:

@@ -5,10 +5,13 @@ An MRConvNeXt whose α is zero computes what the ConvNeXt computes that its loca
 
 import dataclasses
 import logging
-from typing import Optional
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Optional
 
 import torch
-from timm.models import convnext
+from safetensors import SafetensorError
+from timm.models import convnext, load_state_dict
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
@@ -17,6 +20,9 @@ from .kernels import add_kernels
 from .mrconv import MRConv2d
 
 _logger = logging.getLogger(__name__)
+
+# The classifier's weight in the layouts that timm reads.
+CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight")
 
 
 def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
@@ -35,6 +41,25 @@ def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
             cfg = dataclasses.replace(cfg, hf_hub_id=f"timm/{source}.{tag}")
         own[f"{name}.{family}_{tag}" if cfg.has_weights else f"{name}.{tag}"] = cfg
     return own
+
+
+def options_of_file(file: Path) -> dict[str, Any]:
+    """Returns what a checkpoint file says of the model that it is of: ``num_classes`` and, if it is ours, ``img_size``.
+
+    Raises:
+        ValueError: If it is missing or damaged, holds more than tensors, or is no checkpoint.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file")
+    try:
+        weights = load_state_dict(str(file))
+    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{file} is damaged or no checkpoint that may be read ({error})") from error
+    options: dict[str, Any] = {"num_classes": next((len(weights[name]) for name in CLASSIFIERS if name in weights), 0)}
+    grid = weights.get("stages.0.blocks.0.conv_dw.grid")
+    if grid is not None:
+        options["img_size"] = tuple(4 * side for side in grid.tolist()[:2])
+    return options
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["info", "mrconvnext_giant"], ["mrconvnext_giant"]),
         (["info", "hf-hub:no/body"], ["no/body", "Repository Not Found"]),
         (["info", "weights.pth"], ["weights.pth", "--model"]),
-        (["info", "weights.pth", "--model", "mrconvnext_tiny"], ["grid is [16, 16, 3]", "img_size"]),
+        (["info", "weights.pth", "--model", "mrconvnext_tiny"], ["stages.0.blocks.0.conv_dw.alpha", "(4, 96)"]),
         (["fuse", "weights.pth", "out", "--model", "mrconvnext_atto", *OPTIONS, "img_size=96"], ["grid", "img_size"]),
         (["fuse", "saved", "out", "--images", "empty"], ["empty"]),
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),

@@ -1,0 +1,403 @@
+"""train_imagenet.py as its users run it: what it learns, and that nothing is lost whatever happens to a run."""
+
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import small_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+import train_imagenet
+from mrconvnext import checkpoint
+from mrconvnext.data import Digits
+
+SCRIPT = Path(train_imagenet.__file__)
+MODEL = ["--model", "mrconvnext_atto", "--model-kwargs", "depths=(1,1,2,1)", "dims=(16,24,32,48)"]
+PARSEVAL = [*MODEL, "branch_norm=parseval"]
+# Eleven steps an epoch, of 128 images of 32 pixels.
+QUICK = [
+    "--img-size",
+    "32",
+    "--global-batch",
+    "128",
+    "--workers",
+    "0",
+    "--ls-init",
+    "0.1",
+    "--lr",
+    "2e-3",
+    "--no-lr-scaling",
+]
+QUICK += ["--warmup-epochs", "1", "--log-interval", "1", "--model-ema-decay", "0.9"]
+DIGITS = ["--dataset", "digits", *MODEL, *QUICK]
+
+
+def run(*arguments: object) -> int:
+    return train_imagenet.main([str(argument) for argument in arguments])
+
+
+def start(*arguments: object, launcher: tuple[str, ...] = (), limit: int | None = None) -> subprocess.Popen:
+    def limit_files() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, *launcher, str(SCRIPT), *(str(argument) for argument in arguments)]
+    env = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=env, preexec_fn=limit_files, **pipes)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == status, out
+    return out
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_images(folder: Path, per_class: int = 20, classes: int = 10) -> None:
+    """Writes digits as JPEGs, in class folders for each split."""
+    for split, train in (("train", True), ("validation", False)):
+        counts = dict.fromkeys(range(classes), 0)
+        for image, target in Digits(train).samples:
+            if counts.get(target, per_class) < per_class:
+                (folder / split / str(target)).mkdir(parents=True, exist_ok=True)
+                image.resize((32, 32)).save(folder / split / str(target) / f"{counts[target]}.jpg")
+                counts[target] += 1
+
+
+def pack(folder: Path) -> None:
+    """Replaces the folder of each split by a tar file."""
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"{split}.tar", "w") as archive:
+            archive.add(folder / split, arcname=split)
+        for file in sorted((folder / split).rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        (folder / split).rmdir()
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-identical weights, averaged weights, optimizer state and summary."""
+    (own, own_state), (other, other_state) = checkpoint.read(a / checkpoint.LAST), checkpoint.read(b / checkpoint.LAST)
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert own_state["step"] == other_state["step"]
+    assert (a / "summary.csv").read_text() == (b / "summary.csv").read_text()
+
+
+# Learning
+
+
+def test_learns_digits_and_leaves_both_forms(tmp_path: Path) -> None:
+    began = time.monotonic()
+    options = ["--dataset", "digits", *PARSEVAL]
+    options += ["--global-batch", 48, "--lr", 4e-3, "--no-lr-scaling", "--ls-init", 0.1, "--epochs", 30]
+    options += ["--warmup-epochs", 2, "--model-ema-decay", 0.98, "--drop-path", 0, "--log-interval", 100]
+    options += ["--aa", "", "--hflip", 0, "--scale", 0.6, 1, "--reprob", 0, "--mixup", 0, "--cutmix", 0]
+    finish(start(*options, "--workers", 0, "--output", tmp_path))
+    assert time.monotonic() - began < 180
+    accuracy = max(float(row[name]) for row in rows(tmp_path) for name in ("top1", "ema_top1"))
+    assert accuracy >= 98
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {
+        *("args.yaml", "summary.csv", "curves.png", "trained", "fused"),
+        *("last.safetensors", "previous.safetensors", "best.safetensors"),
+    }
+    for name in ("trained", "fused"):
+        model = timm.create_model(f"local-dir:{tmp_path}/{name}", pretrained=True).eval()
+        assert held_out_accuracy(model) == pytest.approx(accuracy)
+        assert f"{accuracy:.2f}".rstrip("0") in (tmp_path / name / "README.md").read_text()
+    evaluated = finish(start(*options, "--evaluate", "--finetune", tmp_path / "best.safetensors", "--output", tmp_path))
+    for form in ("as trained", "deployed"):
+        (line,) = [line for line in evaluated.splitlines() if line.startswith(f"{form}: ")]
+        assert float(line.split("top1 ")[1].split(",")[0]) == pytest.approx(accuracy, rel=1e-5)
+
+
+@torch.no_grad()
+def held_out_accuracy(model: torch.nn.Module) -> float:
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    samples = Digits(train=False).samples
+    logits = model(torch.stack([transform(image) for image, _ in samples]))
+    return 100 * (logits.argmax(1) == torch.tensor([target for _, target in samples])).double().mean().item()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_images_of_ones_own(kind: str, processes: int, tmp_path: Path) -> None:
+    write_images(tmp_path / "data")
+    if kind == "tar":
+        pack(tmp_path / "data")
+    launcher = torchrun(2) if processes == 2 else ()
+    options = ["--data-dir", tmp_path / "data", *MODEL, *QUICK, "--global-batch", 64, "--batch-size", 16]
+    out = finish(start(*options, "--epochs", 2, "--workers", 1, "--output", tmp_path / "run", launcher=launcher))
+    assert f"3 steps an epoch of 64 images: {processes} processes × {4 // processes} batches of 16" in out
+    assert len(rows(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "fused" / "model.safetensors").is_file()
+
+
+# Nothing lost
+
+
+def kill_somewhere(process: subprocess.Popen, steps: int, number: signal.Signals) -> list[str]:
+    """Lets a run print as many lines of steps, then sends it a signal; returns what it printed."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        steps -= " step " in line
+        if steps <= 0:
+            break
+    process.send_signal(number)
+    with process.stdout:
+        lines += process.stdout.readlines()
+    process.wait(timeout=120)
+    return lines
+
+
+AUGMENTED = [*DIGITS, "--epochs", 3, "--checkpoint-interval", 3, "--drop-path", 0.2]
+
+
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    finish(start(*AUGMENTED, "--output", tmp_path / "whole"))
+    steps = random.Random(0)
+    for _ in range(10):
+        process = start(*AUGMENTED, "--output", tmp_path / "killed", "--resume", "auto")
+        kill_somewhere(process, steps.randint(1, 6), signal.SIGKILL)
+    finish(start(*AUGMENTED, "--output", tmp_path / "killed", "--resume", "auto"))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not [file for file in (tmp_path / "killed").iterdir() if file.name.endswith(".writing")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_loses_no_step(number: signal.Signals, tmp_path: Path) -> None:
+    options = [*DIGITS, "--epochs", 2, "--checkpoint-interval", 1000, "--output", tmp_path, "--workers", 2]
+    process = start(*options)
+    lines = kill_somewhere(process, 4, number)
+    assert process.returncode == train_imagenet.INTERRUPTED, lines
+    taken = [line for line in lines if " step " in line and " loss " in line]
+    assert checkpoint.read(tmp_path / checkpoint.LAST)[1]["step"] in (len(taken), len(taken) + 1)
+    out = finish(start(*options, "--resume", "auto"))
+    assert f"epoch 0 step {len(taken) + 1}/" in out and f"epoch 0 step {len(taken)}/" not in out
+
+
+def test_a_truncated_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [*DIGITS, "--checkpoint-interval", 4, "--output", tmp_path, "--resume", "auto"]
+    assert run(*options, "--epochs", 1) == 0
+    expected = checkpoint.read(tmp_path / checkpoint.LAST)
+    last = tmp_path / checkpoint.LAST
+    content = last.read_bytes()
+    last.unlink()
+    last.write_bytes(content[: len(content) // 2])
+    assert run(*options, "--epochs", 1) == 0
+    assert any("last.safetensors is no complete checkpoint" in record.message for record in caplog.records)
+    again = checkpoint.read(last)
+    assert again[1]["step"] == expected[1]["step"]
+    assert all(torch.equal(value, again[0][name]) for name, value in expected[0].items())
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(content[:100])
+    assert run(*options, "--epochs", 1) == 2
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path: Path) -> None:
+    options = [*DIGITS, "--checkpoint-interval", 4, "--output", tmp_path, "--resume", "auto"]
+    assert run(*options, "--epochs", 1) == 0
+    before = (tmp_path / checkpoint.LAST).read_bytes()
+    out = finish(start(*options, "--epochs", 2, limit=10_000), status=2)
+    assert "last.safetensors can't be written" in out
+    assert (tmp_path / checkpoint.LAST).read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.name.endswith(".writing")]
+
+
+def test_unreadable_images_are_counted(tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "data")
+    for name in ("3/1.jpg", "7/2.jpg"):
+        (tmp_path / "data" / "train" / name).write_bytes(b"no image")
+    whole = (tmp_path / "data" / "train" / "5" / "3.jpg").read_bytes()
+    (tmp_path / "data" / "train" / "5" / "3.jpg").write_bytes(whole[:-200])
+    options = ["--data-dir", tmp_path / "data", *MODEL, *QUICK, "--global-batch", 100, "--epochs", 1]
+    assert run(*options, "--output", tmp_path / "a") == 0
+    messages = [record.message for record in caplog.records if "passed over" in record.message]
+    assert sorted(message.split()[2] for message in messages) == [
+        str(tmp_path / "data" / "train" / name) for name in ("3/1.jpg", "5/3.jpg", "7/2.jpg")
+    ]
+    assert run(*options, "--max-unreadable", 2, "--output", tmp_path / "b") == 2
+    assert "--max-unreadable 2" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys) -> None:
+    assert run(*DIGITS, "--epochs", 2, "--lr", 1e20, "--warmup-epochs", 0, "--output", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "the loss of step" in error and "last.safetensors" in error
+
+
+# The same numbers
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {
+        name: value for name, value in checkpoint.read(folder / checkpoint.LAST)[0].items() if name.startswith("model.")
+    }
+
+
+EXACT = ["--model-dtype", "float64", "--opt", "sgd", "--lr", 0.05, "--no-aug", "--drop-path", 0, "--epochs", 2]
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    options = [*DIGITS, *EXACT, "--sync-norm", "--global-batch", 130]
+    finish(start(*options, "--batch-size", 130, "--output", tmp_path / "one"))
+    finish(start(*options, "--output", tmp_path / "two", launcher=torchrun(2)))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert checkpoint.read(tmp_path / "two" / checkpoint.LAST)[1]["step"] == 22
+    fresh = timm.create_model("mrconvnext_atto", num_classes=10, **SMALL_OPTIONS).state_dict()
+    for name, value in one.items():
+        if value.is_floating_point():
+            scale = value.abs().max().clamp(min=1e-3)
+            assert (value - two[name]).abs().max() <= 1e-10 * scale, name
+    assert not torch.equal(one["model.head.fc.weight"], fresh["head.fc.weight"].double())
+
+
+SMALL_OPTIONS = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), img_size=32)
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
+    """Of a ConvNeXt: statistics of branches are those of a batch."""
+    options = ["--dataset", "digits", "--model", "convnext_atto", *MODEL[2:], *QUICK, *EXACT]
+    assert run(*options, "--output", tmp_path / "a") == 0
+    assert run(*options, "--batch-size", 32, "--output", tmp_path / "b") == 0
+    whole, parts = weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-10, rtol=1e-10)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    options = ["--dataset", "digits", *PARSEVAL, *QUICK, *EXACT]
+    assert run(*options, "--output", tmp_path / "a") == 0
+    assert run(*options, "--grad-checkpointing", "--output", tmp_path / "b") == 0
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert any("running_var" in name for name in a)
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=1e-12, rtol=1e-12)
+    assert [row["train_loss"][:12] for row in rows(tmp_path / "a")] == [
+        row["train_loss"][:12] for row in rows(tmp_path / "b")
+    ]
+
+
+def test_the_kernels_are_a_group_of_their_own() -> None:
+    args = train_imagenet.parse_args(
+        [*map(str, DIGITS), "--output", "x", "--layer-decay", "0.8", "--kernel-lr-scale", "0.5"]
+    )
+    model = small_model()
+    optimizer = train_imagenet.make_optimizer(model, args)
+    kernels = train_imagenet.kernel_names(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            seen[names[id(parameter)]] = group
+    assert set(seen) == set(names.values())
+    assert all(seen[name]["weight_decay"] == 0 for name in kernels)
+    assert seen["stages.0.blocks.0.conv_dw.weight"]["weight_decay"] == 0.05
+    layer = "stages.0.blocks.0."
+    ratio = seen[layer + "conv_dw.alpha"]["lr_scale"] / seen[layer + "mlp.fc1.weight"]["lr_scale"]
+    assert ratio == pytest.approx(0.5) and seen["stem.0.weight"]["lr_scale"] < 0.8
+
+
+# Bad input
+
+
+def refused(arguments: list, capsys: pytest.CaptureFixture) -> str:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_imagenet.py: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda data: None, ["--data-dir", "nowhere"], ["nowhere"]),
+        (lambda data: None, ["--data-dir", "data", "--val-split", "test"], ["data", "test"]),
+        (lambda data: None, ["--data-dir", "data", "--num-classes", 7], ["7", "3"]),
+        (lambda data: None, ["--data-dir", "data", "--global-batch", 5000], ["5000", "15"]),
+        (lambda data: None, ["--data-dir", "data", "--global-batch", 10, "--batch-size", 4], ["4", "10"]),
+        (lambda data: None, ["--data-dir", "data", "--model", "mrconvnext_giant"], ["mrconvnext_giant"]),
+        (lambda data: None, ["--data-dir", "data", "--finetune", "none.pth"], ["none.pth"]),
+        (lambda data: None, ["--data-dir", "data", "--finetune", "resnet.safetensors"], ["ConvNeXt"]),
+        (lambda data: (data / "validation" / "2").rename(data / "validation" / "x"), ["--data-dir", "data"], ["2, x"]),
+        (lambda data: [f.unlink() for f in data.rglob("*.jpg")], ["--data-dir", "data"], ["data", "0 images"]),
+        (lambda data: [f.write_text("text") for f in data.rglob("*.jpg")], ["--data-dir", "data"], ["can't be read"]),
+        (lambda data: keep_one_class(data), ["--data-dir", "data"], ["one class only"]),
+    ],
+    ids=[
+        *(
+            "no folder",
+            "no split",
+            "classes",
+            "batch",
+            "parts",
+            "model",
+            "no file",
+            "family",
+            "differ",
+            "empty",
+            "text",
+        ),
+        "one class",
+    ],
+)
+def test_bad_input(change, options: list, words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data", per_class=5, classes=3)
+    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), "resnet.safetensors")
+    change(tmp_path / "data")
+    error = refused([*MODEL, *QUICK, "--global-batch", 4, "--epochs", 1, "--output", "run", *options], capsys)
+    assert all(word in error for word in words), error
+
+
+def keep_one_class(data: Path) -> None:
+    for file in data.rglob("[12]/*.jpg"):
+        file.unlink()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path, capsys) -> None:
+    assert run(*DIGITS, "--epochs", 1, "--output", tmp_path) == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    assert "--resume auto" in refused([*DIGITS, "--epochs", 1, "--output", tmp_path], capsys)
+    error = refused([*DIGITS, "--seed", 7, "--epochs", 1, "--output", tmp_path, "--resume", "auto"], capsys)
+    assert "--seed 42" in error
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_a_batch_that_can_not_be_split_over_processes() -> None:
+    args = train_imagenet.parse_args([*map(str, DIGITS), "--output", "x", "--global-batch", "9"])
+    with pytest.raises(train_imagenet.Refused, match="9.*2 processes"):
+        train_imagenet.split_batch(args, 2)
+
+
+def test_defaults_are_convnexts_recipe() -> None:
+    args = train_imagenet.parse_args(["--output", "x", "--data-dir", "y"])
+    recipe = dict(epochs=300, opt="adamw", lr=4e-3, weight_decay=0.05, global_batch=4096, warmup_epochs=20)
+    recipe |= dict(mixup=0.8, cutmix=1.0, reprob=0.25, smoothing=0.1, model_ema_decay=0.9999, clip_grad=None)
+    assert {name: getattr(args, name) for name in recipe} == recipe and args.aa.startswith("rand-m9-mstd0.5")
+    assert yaml.safe_dump(train_imagenet.plain(args))
+    model = train_imagenet.make_model(train_imagenet.parse_args(["--output", "x", "--model", "mrconvnext_small"]), 10)
+    assert model.stages[3].blocks[-1].drop_path.drop_prob == pytest.approx(0.4)
