@@ -4,6 +4,7 @@ Augmentation of an image is drawn from a generator seeded by (seed, epoch, index
 (seed, epoch). So a run goes on in mid-epoch as if it had never stopped, whatever the number of workers.
 """
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 # What Pillow raises for files that are no images, or only parts of one.
 UNREADABLE = (OSError, SyntaxError, ValueError)
 
-# How often in a row an image may be unreadable before there are taken to be none.
+# How many files in a row may be unreadable before there are taken to be no images.
 RETRIES = 100
+
+# How often augmentation is drawn for an image: Pillow refuses what RandAugment asks of it now and then, such as to
+# posterize to 0 bits.
+DRAWS = 10
 
 
 def derived_seed(*numbers: int) -> int:
@@ -87,12 +92,12 @@ class Samples(Dataset):
         unreadable = []
         for i in range(index, index + RETRIES):
             i %= len(self)
-            seed_all(derived_seed(self.seed, epoch, i))
             try:
                 image, target = self._read(i)
-                return Sample(self.transform(image), target, "\n".join(unreadable))
             except UNREADABLE as error:
                 unreadable.append(f"{self._name(i)} ({error})")
+            else:
+                return Sample(self._transformed(image, epoch, i), target, "\n".join(unreadable))
         raise OSError(f"{RETRIES} files in a row can't be read, the last one {unreadable[-1]}")
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -102,6 +107,13 @@ class Samples(Dataset):
         file, target, *_ = self.dataset.reader[index]  # timm's dataset would pass over what can't be read
         with file, Image.open(file) as image:
             return image.convert("RGB"), target
+
+    def _transformed(self, image: Image.Image, epoch: int, index: int) -> Any:
+        for draw in range(DRAWS):
+            seed_all(derived_seed(self.seed, epoch, index, draw))
+            with contextlib.suppress(ValueError):
+                return self.transform(image)
+        return self.transform(image)
 
     def _name(self, index: int) -> str:
         if isinstance(self.dataset, ImageDataset):

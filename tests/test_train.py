@@ -21,7 +21,7 @@ from torch import Tensor
 
 import train_imagenet
 from mrconvnext import checkpoint
-from mrconvnext.data import Digits
+from mrconvnext.data import Digits, Samples
 
 SCRIPT = Path(train_imagenet.__file__)
 MODEL = ["--model", "mrconvnext_atto", "--model-kwargs", "depths=(1,1,2,1)", "dims=(16,24,32,48)"]
@@ -241,6 +241,23 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys, caplog: pytest.Lo
     ]
     assert run(*options, "--max-unreadable", 2, "--output", tmp_path / "b") == 2
     assert "--max-unreadable 2" in capsys.readouterr().err
+
+
+def test_augmentation_that_pillow_refuses_is_drawn_again() -> None:
+    drawn = []
+
+    def transform(image: object) -> float:
+        drawn.append(random.random())
+        if len(drawn) < 3:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return drawn[-1]
+
+    samples = Samples(Digits(train=False), transform, seed=0)
+    image, _, unreadable = samples[0, 5]
+    assert image == drawn[2] and unreadable == "" and len(set(drawn)) == 3
+    broken = Samples(Digits(train=False), lambda image: int("no number"), seed=0)
+    with pytest.raises(ValueError, match="no number"):
+        broken[0, 5]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys) -> None:
