@@ -237,7 +237,7 @@ def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
             conv = model.get_submodule(name)
             layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
-    given = getattr(model, "_model_args", {})  # timm 1.0.31 keeps them, 1.0.30 does not
+    given = getattr(model, "_model_args", {})  # of create_model, if that made it
     converted.model_args.update({name: value for name, value in given.items() if name not in NOT_SAVED})
     cfg = getattr(model, "pretrained_cfg", None) or _cfg_of_unknown(model)
     name = f"mr{cfg.get('architecture')}"

@@ -67,6 +67,7 @@ def test_another_size_than_the_exports_is_an_error(tmp_path: Path) -> None:
         run(file, torch.randn(1, 3, 96, 64))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 writes a file that ONNX Runtime refuses")
 @torch.no_grad()
 def test_the_newer_exporter_writes_dft(tmp_path: Path) -> None:
     model = deployed_model()
