@@ -242,7 +242,7 @@ def _write(
             f"model_args: {json.dumps(arguments)}"
         )
     _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
-    card = generate_readme(_card(exported, name, found, metrics), name.rpartition("/")[2])
+    card = generate_readme(_card(exported, name, found, metrics), name.partition(":")[2].rpartition("/")[2])
     (folder / "README.md").write_text(card, encoding="utf-8")
     return found
 

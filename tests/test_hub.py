@@ -80,7 +80,12 @@ def test_round_trip_through_the_hub(fused: bool, hub: Hub, token: str) -> None:
     assert url.startswith(f"{hub.address}/{REPO}/commit/")
     assert set(huggingface_hub.list_repo_files(REPO)) == FILES == set(hub.repositories[REPO].files("main"))
     card = hub.repositories[REPO].files("main")["README.md"].decode()
-    assert "81.25" in card and "license: cc-by-nc-4.0" in card and ("deployed" in card) == fused
+    assert (
+        "# Model card for small\n" in card
+        and "81.25" in card
+        and "license: cc-by-nc-4.0" in card
+        and ("deployed" in card) == fused
+    )
 
     expected = model.reparameterize() if fused else model
     name = f"hf-hub:{REPO}"
