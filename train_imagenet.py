@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 import mrconvnext
-from mrconvnext import MRConv2d, MRConvNeXt, checkpoint
+from mrconvnext import MRConvNeXt, checkpoint
 from mrconvnext.convert import options_of_file
 from mrconvnext.data import EvalBatches, Samples, TrainBatches, classes_of, derived_seed, open_dataset, seed_all
 
@@ -206,7 +206,7 @@ def open_data(args: argparse.Namespace) -> Data:
         raise Refused(str(error)) from error
     names, others = classes_of(train), classes_of(validation)
     if names != others:
-        different = sorted(set(names) ^ set(others))
+        different = sorted(set(names or ()) ^ set(others or ()))
         raise Refused(f"the classes of {args.train_split} and {args.val_split} differ: {', '.join(different[:5])}")
     if names is not None and len(names) < 2:
         raise Refused(f"--data-dir {args.data_dir} has one class only: {names[0]}")
@@ -300,17 +300,6 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return model.to(getattr(torch, args.model_dtype))
 
 
-def kernel_names(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters of branches: kernels, their norms and α."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, MRConv2d)
-        for name, _ in layer.named_parameters()
-        if name not in ("weight", "bias")
-    }
-
-
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Returns an optimizer with timm's groups, in each of which the kernels are a group of their own."""
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
@@ -318,7 +307,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
         groups = param_groups_weight_decay(model, args.weight_decay, no_decay)
     else:
         groups = param_groups_layer_decay(model, args.weight_decay, no_decay, layer_decay=args.layer_decay)
-    kernels = {id(model.get_parameter(name)) for name in kernel_names(model)}
+    kernels = {id(model.get_parameter(name)) for name in no_decay} if isinstance(model, MRConvNeXt) else set()
     split = []
     for group in groups:
         for is_kernel, scale in ((False, 1.0), (True, args.kernel_lr_scale)):
@@ -385,18 +374,15 @@ class Run:
 
     # Checkpoints
 
-    def tensors(self) -> dict[str, Tensor]:
-        own = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.ema is not None:
-            own |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
-        optimizer, self._optimizer_rest = checkpoint.flatten_optimizer(self.optimizer)
-        return own | {f"optimizer.{name}": value for name, value in optimizer.items()}
-
     def save(self) -> None:
         """Writes a checkpoint, after which nothing of the run depends on anything else: seeds follow from the step."""
         if self.processes.rank != 0:
             return
-        tensors = self.tensors()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
+        optimizer, rest = checkpoint.flatten_optimizer(self.optimizer)
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
         state = {
             "step": self.step,
             "losses": self.losses,
@@ -404,7 +390,7 @@ class Run:
             "rows": self.rows,
             "unreadable": self.unreadable,
             "scaler": self.scaler.state_dict(),
-            "optimizer": self._optimizer_rest,
+            "optimizer": rest,
             "arguments": plain(self.args),
         }
         checkpoint.write_last(self.args.output, tensors, state)
@@ -435,7 +421,7 @@ class Run:
 
     def train(self) -> None:
         """Trains to the last epoch, or until a signal."""
-        while self.step < self.args.epochs * self.loaders.steps:
+        while not self.stop and self.step < self.args.epochs * self.loaders.steps:
             epoch, first = divmod(self.step, self.loaders.steps)
             if not self.train_epoch(epoch, first):
                 return
@@ -456,10 +442,12 @@ class Run:
             if ended or (number + 1) % self.args.log_interval == 0:
                 self.log_step(epoch, number, clock)
             (stop,) = self.processes.total(float(self.stop))
-            if stop or (not ended and self.step % self.args.checkpoint_interval == 0):
+            self.stop = stop > 0
+            if ended:
+                break  # what ends an epoch saves as well
+            if self.stop or self.step % self.args.checkpoint_interval == 0:
                 self.save()
-            if stop:
-                self.stop = True
+            if self.stop:
                 return False
         return True
 
@@ -544,8 +532,8 @@ class Run:
         if self.processes.rank == 0:
             if is_best:
                 checkpoint.write(self.args.output / "best.safetensors", module.state_dict(), row)
+            write_summary(self.rows, self.args.output)  # before the checkpoint, after which no epoch may be missing
             self.save()
-            write_summary(self.rows, self.args.output)
             write_tensorboard(row, self.args.output)
 
     @torch.no_grad()
@@ -659,7 +647,7 @@ def publish(run: Run) -> None:
     """Writes the best weights in both forms with their cards, ready for the Hub."""
     if not isinstance(run.model, MRConvNeXt):
         return
-    weights, row = checkpoint.read(run.args.output / "best.safetensors")
+    weights, _ = checkpoint.read(run.args.output / "best.safetensors")
     model = copy.deepcopy(run.model)
     model.load_state_dict(weights)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": run.config["input_size"]}

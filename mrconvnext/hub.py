@@ -99,10 +99,10 @@ def save(
     _check_folder(folder, fused or is_deployed(model))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        parity = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
+        found = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, folder / file.name)
-    return parity
+    return found
 
 
 def push_to_hub(
@@ -206,7 +206,10 @@ def _check_model(model: nn.Module) -> None:
 def _check_folder(folder: Path, deployed: bool) -> None:
     """Raises if a folder holds a model in the other form: the training form can't be had back from the deployed one."""
     file = folder / "config.json"
-    if file.is_file() and json.loads(file.read_text())["model_args"]["inference_mode"] != deployed:
+    if (
+        file.is_file()
+        and json.loads(file.read_text()).get("model_args", {}).get("inference_mode", deployed) != deployed
+    ):
         raise ValueError(f"{folder} holds the {'training' if deployed else 'deployed'} form: give each its own folder")
 
 

@@ -27,7 +27,7 @@ def is_small(x: Tensor, guard: int) -> bool:
     return x.device.type == "cpu" and x.shape[2] + 2 * (x.shape[3] + guard) <= LARGEST
 
 
-@functools.lru_cache(maxsize=8)  # layers of one stage share them, in memory and in an ONNX file
+@functools.lru_cache(maxsize=8)  # layers of one stage share them
 def transforms(height: int, width: int, guard: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the matrices over the rows (2·H, H) and over the columns (H, 2·S, 2·W).
 

@@ -183,7 +183,8 @@ class MRConvNeXt(ConvNeXt):
         names = set()
         for prefix, layer in self.named_modules():
             if isinstance(layer, MRConv2d):
-                names.update(f"{prefix}.{name}" for name, _ in layer.named_parameters() if name != "weight")
+                own = (name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
+                names.update(f"{prefix}.{name}" for name in own)
         return names
 
     @torch.jit.ignore

@@ -198,6 +198,24 @@ def test_a_signal_loses_no_step(number: signal.Signals, tmp_path: Path) -> None:
     assert f"epoch 0 step {len(taken) + 1}/" in out and f"epoch 0 step {len(taken)}/" not in out
 
 
+def test_a_signal_at_the_end_of_an_epoch_loses_no_line_of_the_summary(tmp_path: Path, monkeypatch) -> None:
+    options = [*DIGITS, "--epochs", 2]
+    assert run(*options, "--output", tmp_path / "whole") == 0
+    log_step = train_imagenet.Run.log_step
+
+    def log_and_stop(own: train_imagenet.Run, epoch: int, number: int, clock: object) -> None:
+        log_step(own, epoch, number, clock)
+        if (epoch, number + 1) == (0, own.loaders.steps):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as context:
+        context.setattr(train_imagenet.Run, "log_step", log_and_stop)
+        assert run(*options, "--output", tmp_path / "stopped") == train_imagenet.INTERRUPTED
+    assert len(rows(tmp_path / "stopped")) == 1
+    assert run(*options, "--output", tmp_path / "stopped", "--resume", "auto") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_a_truncated_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = [*DIGITS, "--checkpoint-interval", 4, "--output", tmp_path, "--resume", "auto"]
     assert run(*options, "--epochs", 1) == 0
@@ -324,7 +342,7 @@ def test_the_kernels_are_a_group_of_their_own() -> None:
     )
     model = small_model()
     optimizer = train_imagenet.make_optimizer(model, args)
-    kernels = train_imagenet.kernel_names(model)
+    kernels = model.no_weight_decay()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = {}
     for group in optimizer.param_groups:
