@@ -112,6 +112,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--channels-last", action="store_true", help="weights and images in channels-last layout")
     add("--compile", action="store_true", help="torch.compile, whole and for each size; graph breaks are failures")
     add("--train", action="store_true", help="time training steps: forward, backward and an AdamW step")
+    add("--grad-checkpointing", action="store_true", help="with --train: compute blocks again instead of keeping them")
     add("--rounds", type=positive, default=10, help="turns of each model (default: %(default)s)")
     add("--steps", type=positive, default=10, help="timed training steps a turn (default: %(default)s)")
     add("--accuracies", type=accuracies, default={}, help="CSV of model,top1 with a header, for a plot; top1 in %%")
@@ -120,6 +121,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
+    if args.grad_checkpointing and not args.train:
+        parser.error("--grad-checkpointing needs --train: a forward pass alone keeps nothing")
     return args
 
 
@@ -370,7 +373,7 @@ def make_step(row: Row, images: Tensor, args: argparse.Namespace) -> Callable[[]
     if not args.train:
         return forward_pass
 
-    model.train()
+    model.train().set_grad_checkpointing(args.grad_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters())
     targets = torch.arange(len(images), device=args.device) % model.num_classes
 

@@ -34,7 +34,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs, accuracy, freeze
+from timm.utils import ModelEmaV3, ParseKwargs, accuracy, distribute_bn, freeze
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -245,7 +245,7 @@ def make_loaders(data: Data, args: argparse.Namespace, config: dict, processes: 
         for dataset in (data.train, data.validation):
             dataset.set_loader_cfg(num_workers=args.workers)
         loaders = [DataLoader(dataset, batch_size=size, **options) for dataset in (data.train, data.validation)]
-        return Loaders(*loaders, len(data.train) // args.global_batch)
+        return Loaders(*loaders, len(data.train) * processes.count // args.global_batch)  # timm's length is a share
     batches = TrainBatches(len(data.train), args.global_batch, size, args.seed, processes.rank, processes.count)
     if batches.steps == 0:
         raise Refused(f"--global-batch {args.global_batch} is more than the {len(data.train)} training images")
@@ -421,6 +421,8 @@ class Run:
 
     def train(self) -> None:
         """Trains to the last epoch, or until a signal."""
+        if self.processes.rank == 0:
+            self.tensorboard = open_tensorboard(self.args.output, self.step // self.loaders.steps)
         while not self.stop and self.step < self.args.epochs * self.loaders.steps:
             epoch, first = divmod(self.step, self.loaders.steps)
             if not self.train_epoch(epoch, first):
@@ -516,6 +518,10 @@ class Run:
 
     def finish_epoch(self, epoch: int) -> None:
         """Evaluates the model and the averaged one, and saves what they are."""
+        if self.processes.count > 1:
+            for own in (self.model, self.ema and self.ema.module):
+                if own is not None:
+                    distribute_bn(own, self.processes.count)  # all evaluate what the first process saves
         row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row["train_loss"] = sum(self.losses) / len(self.losses)
         row |= self.evaluate(self.model)
@@ -534,7 +540,10 @@ class Run:
                 checkpoint.write(self.args.output / "best.safetensors", module.state_dict(), row)
             write_summary(self.rows, self.args.output)  # before the checkpoint, after which no epoch may be missing
             self.save()
-            write_tensorboard(row, self.args.output)
+            if self.tensorboard is not None:
+                for name, value in row.items():
+                    self.tensorboard.add_scalar(name, value, epoch)
+                self.tensorboard.flush()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -616,15 +625,13 @@ def write_summary(rows: list[dict[str, float]], folder: Path) -> None:
     plot_training(rows).savefig(folder / "curves.png", dpi=100)
 
 
-def write_tensorboard(row: dict[str, float], folder: Path) -> None:
-    """Adds an epoch to TensorBoard's files if TensorBoard is installed."""
+def open_tensorboard(folder: Path, epoch: int) -> Any:
+    """Returns a writer of TensorBoard's files that goes on from an epoch, None where TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        return
+        return None
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:
-        for name, value in row.items():
-            writer.add_scalar(name, value, row["epoch"])
+    return SummaryWriter(str(folder), purge_step=epoch)
 
 
 def prepare_output(args: argparse.Namespace) -> None:

@@ -151,6 +151,17 @@ def test_training_steps(one_process: None, tmp_path: Path) -> None:
     assert [len(row["rounds_ms"]) for row in full["rows"]] == [3] * 5
 
 
+def test_gradient_checkpointing_saves_memory(tmp_path: Path) -> None:
+    peaks = []
+    for i, options in enumerate(([], ["--grad-checkpointing"])):
+        size = ["--batch-sizes", "48", "--img-sizes", "96", "--rounds", "1", "--steps", "1", "--train"]
+        model = "mrconvnext_atto"
+        options += ["--reference", model]
+        assert benchmark.main(arguments(tmp_path / str(i), *size, *options, models=(model,))) == 0
+        peaks.append(float(rows_of(tmp_path / str(i))[model, "training form", "48"]["memory_mib"]))
+    assert peaks[1] < 0.8 * peaks[0]
+
+
 def test_autocast_and_channels_last(one_process: None, tmp_path: Path) -> None:
     assert benchmark.main(arguments(tmp_path, "--amp-dtype", "bfloat16", "--channels-last", "--rounds", "1")) == 0
     row = rows_of(tmp_path)[OURS, "deployed", "2"]

@@ -1,6 +1,8 @@
 """train_imagenet.py as its users run it: what it learns, and that nothing is lost whatever happens to a run."""
 
 import csv
+import io
+import json
 import os
 import random
 import resource
@@ -17,6 +19,7 @@ import torch
 import yaml
 from helpers import small_model
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import train_imagenet
@@ -117,7 +120,12 @@ def test_learns_digits_and_leaves_both_forms(tmp_path: Path) -> None:
     assert time.monotonic() - began < 180
     accuracy = max(float(row[name]) for row in rows(tmp_path) for name in ("top1", "ema_top1"))
     assert accuracy >= 98
-    names = {file.name for file in tmp_path.iterdir()}
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    recorded = EventAccumulator(str(tmp_path)).Reload().Scalars("ema_top1")
+    assert [(event.step, round(event.value, 3)) for event in recorded] == [
+        (int(row["epoch"]), round(float(row["ema_top1"]), 3)) for row in rows(tmp_path)
+    ]
+    names = {file.name for file in tmp_path.iterdir()} - {events.name}
     assert names == {
         *("args.yaml", "summary.csv", "curves.png", "trained", "fused"),
         *("last.safetensors", "previous.safetensors", "best.safetensors"),
@@ -146,12 +154,74 @@ def test_images_of_ones_own(kind: str, processes: int, tmp_path: Path) -> None:
     write_images(tmp_path / "data")
     if kind == "tar":
         pack(tmp_path / "data")
+    else:
+        (tmp_path / "data" / "validation").rename(tmp_path / "data" / "val")
     launcher = torchrun(2) if processes == 2 else ()
     options = ["--data-dir", tmp_path / "data", *MODEL, *QUICK, "--global-batch", 64, "--batch-size", 16]
     out = finish(start(*options, "--epochs", 2, "--workers", 1, "--output", tmp_path / "run", launcher=launcher))
     assert f"3 steps an epoch of 64 images: {processes} processes × {4 // processes} batches of 16" in out
     assert len(rows(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "fused" / "model.safetensors").is_file()
+
+
+def write_shards(folder: Path) -> None:
+    """Writes digits as WebDataset shards, two for each split."""
+    info = {}
+    for split in ("train", "validation"):
+        names = [f"{split}-{i}.tar" for i in range(2)]
+        samples = Digits(split == "train").samples
+        parts = [samples[i :: len(names)] for i in range(len(names))]
+        for name, part in zip(names, parts):
+            with tarfile.open(folder / name, "w") as archive:
+                for i, (image, target) in enumerate(part):
+                    content = io.BytesIO()
+                    image.resize((32, 32)).save(content, "JPEG")
+                    for ending, data in (("jpg", content.getvalue()), ("cls", str(target).encode())):
+                        entry = tarfile.TarInfo(f"{i:05d}.{ending}")
+                        entry.size = len(data)
+                        archive.addfile(entry, io.BytesIO(data))
+        lengths = [len(part) for part in parts]
+        info[split] = dict(name=split, filenames=names, shard_lengths=lengths, num_samples=len(samples))
+    (folder / "_info.json").write_text(json.dumps({"splits": info}))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_starts_its_epoch_anew(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_shards(tmp_path / "data")
+    launcher = torchrun(2) if processes == 2 else ()
+    options = ["--dataset", "wds/digits", "--data-dir", tmp_path / "data", "--num-classes", 10, *MODEL, *QUICK]
+    options += ["--no-aug", "--epochs", 2, "--resume", "auto", "--output", tmp_path / "run", "--checkpoint-interval", 3]
+    process = start(*options, launcher=launcher)
+    kill_somewhere(process, 1437 // 128 + 5, signal.SIGKILL if processes == 1 else signal.SIGTERM)
+    out = finish(start(*options, launcher=launcher))
+    assert "epoch 1: a stream can't go on in its middle, the epoch starts anew" in out
+    assert f"epoch 1 step 1/{1437 // 128}" in out
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
+    model = timm.create_model(f"local-dir:{tmp_path}/run/trained", pretrained=True).eval()
+    best = max(float(row[name]) for row in rows(tmp_path / "run") for name in ("top1", "ema_top1"))
+    assert held_out_accuracy(model) == pytest.approx(best, abs=1) and best > 30  # JPEGs differ a little
+
+
+def test_all_processes_evaluate_what_is_saved(tmp_path: Path) -> None:
+    """Statistics of a "batch" norm are each process's own; the first one's are saved."""
+    options = [*DIGITS, "--epochs", 2, "--output", tmp_path, "--lr", 0.01]
+    finish(start(*options, launcher=torchrun(2)))
+    best = max(float(row[name]) for row in rows(tmp_path) for name in ("top1", "ema_top1"))
+    out = finish(start(*options, "--evaluate", "--finetune", tmp_path / "best.safetensors"))
+    (line,) = [line for line in out.splitlines() if line.startswith("as trained: ")]
+    losses = [float(row[name]) for row in rows(tmp_path) for name in ("loss", "ema_loss")]
+    assert min(abs(float(line.split("loss ")[1].split(",")[0]) - loss) for loss in losses) < 1e-5
+    assert f"top1 {best:.6g}" in line
+
+
+@pytest.mark.parametrize(
+    "options", [["--amp-dtype", "bfloat16", "--channels-last"], ["--amp-dtype", "float16"], ["--torchcompile"]]
+)
+def test_faster_ways_learn_too(options: list[str], tmp_path: Path) -> None:
+    finish(start(*DIGITS, "--no-aug", "--epochs", 3, *options, "--output", tmp_path))
+    finish(start(*DIGITS, "--no-aug", "--epochs", 4, *options, "--output", tmp_path, "--resume", "auto"))
+    assert len(rows(tmp_path)) == 4 and max(float(row["top1"]) for row in rows(tmp_path)) > 60
 
 
 # Nothing lost
