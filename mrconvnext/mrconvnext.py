@@ -31,9 +31,6 @@ CONVERSION_OPTIONS = (
     *("min_lengths", "max_branches", "modes", "taps", "img_size"),
 )
 
-# Four stages halve a patch of 4 pixels three times.
-MIN_IMAGE_SIZE = 32
-
 torch.fx.wrap("check_input")
 
 
@@ -50,7 +47,11 @@ def check_image_size(x: Tensor, smallest: int) -> None:
 class StemConv2d(nn.Conv2d):
     """The stem's first convolution, which refuses what is no image for this model, however the model is run."""
 
-    smallest: torch.jit.Final[int] = MIN_IMAGE_SIZE
+    smallest: torch.jit.Final[int]
+
+    def __init__(self, smallest: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.smallest = smallest
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_channels, 4)
@@ -61,7 +62,8 @@ class StemConv2d(nn.Conv2d):
 class MRConvNeXt(ConvNeXt):
     """ConvNeXt with a global multi-resolution convolution in every block (MRConv, Cunningham et al. 2024, section 5.4).
 
-    Takes images of any height and width from 32 pixels up, whatever ``img_size`` its kernels were made for.
+    Takes images of any height and width from its largest stride up (32 pixels by default), whatever ``img_size`` its
+    kernels were made for.
 
     Args:
         kernel: Parameterization of the branches: "fourier_sparse", "fourier", "dilated" or "sparse".
@@ -75,7 +77,7 @@ class MRConvNeXt(ConvNeXt):
         taps: Dilated or sparse taps of a kernel.
         alpha_init: Start of the branches' weights. Default: 1 / number of branches. 0 starts as the ConvNeXt that
             the local taps make.
-        img_size: Height and width of the images that the kernels are made for, in pixels; at least 32. Other sizes
+        img_size: Height and width of the images that the kernels are made for, in pixels. Other sizes
             run as well.
         kernel_sizes: Size of the local taps, odd, for all stages or each; 0 for none.
         inference_mode: Whether every layer is deployed from the start.
@@ -136,9 +138,9 @@ class MRConvNeXt(ConvNeXt):
         **options: Any,
     ) -> None:
         """Makes a ConvNeXt an MRConvNeXt. The arguments are those of the constructor."""
-        img_size = to_2tuple(img_size)
-        if len(img_size) != 2 or not all(isinstance(side, int) and side >= MIN_IMAGE_SIZE for side in img_size):
-            raise ValueError(f"img_size must be one or two integers of at least {MIN_IMAGE_SIZE}, got {img_size}")
+        img_size, smallest_image = to_2tuple(img_size), self.feature_info[-1]["reduction"]
+        if len(img_size) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in img_size):
+            raise ValueError(f"img_size must be one or two integers of at least {smallest_image}, got {img_size}")
         min_lengths = to_ntuple(4)(min_lengths)
         if len(min_lengths) != 4:
             raise ValueError(f"min_lengths must be one length or 4, one for each stage, got {min_lengths}")
@@ -147,7 +149,7 @@ class MRConvNeXt(ConvNeXt):
         self.model_args = {"img_size": img_size, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
         self.model_args.update({name: value for name, value in options.items() if name not in NOT_SAVED})
 
-        self._check_images()
+        self._check_images(smallest_image)
         seed = 0
         for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
             for block in stage.blocks:
@@ -168,12 +170,11 @@ class MRConvNeXt(ConvNeXt):
                 seed += 1
         use_fast_blocks(self)
 
-    def _check_images(self) -> None:
+    def _check_images(self, smallest: int) -> None:
         """Makes the stem refuse what is no image for this model: not every way to run it calls ``forward``."""
         conv = self.stem[0]
-        stem = StemConv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, device="meta"
-        )
+        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        stem = StemConv2d(smallest, *sizes, device="meta")
         stem.weight, stem.bias = conv.weight, conv.bias
         self.stem[0] = stem
 

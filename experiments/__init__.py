@@ -1,0 +1,1 @@
+"""Experiments on real and drawn images that decide the defaults: ``python -m experiments.run --help``."""

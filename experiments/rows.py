@@ -1,0 +1,129 @@
+"""What is run: each row is one call of ``train_imagenet.py``."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+# Equal for all: a ConvNeXt of four stages, whose first sees the images in full resolution.
+SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)")
+RECIPE = "--global-batch 64 --no-lr-scaling --warmup-epochs 0.1 --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
+RECIPE += "--mixup 0 --cutmix 0 --reprob 0 --workers 0 --log-interval 20 --checkpoint-interval 200 --aa=".split()
+
+CONVNEXT = ("convnext_atto", ())
+PAPER = ("mrconvnext_atto", ("branch_norm=batch", "kernel_sizes=0", "bidirectional=False"))
+BATCH = ("mrconvnext_atto", ("branch_norm=batch",))
+PARSEVAL = ("mrconvnext_atto", ("branch_norm=parseval",))
+MODELS = {
+    "ConvNeXt": CONVNEXT,
+    "paper's layer, batch": PAPER,
+    "local taps, batch": BATCH,
+    "local taps, parseval": PARSEVAL,
+}
+
+# One thing changed of "local taps, parseval": arguments of the model, and of the script.
+CHANGES = {
+    "kernel fourier": (("kernel=fourier",), ()),
+    "kernel dilated": (("kernel=dilated",), ()),
+    "kernel sparse": (("kernel=sparse",), ()),
+    "α starts at 0": (("alpha_init=0.0",), ()),
+    "α starts at 1": (("alpha_init=1.0",), ()),
+    "8 modes, 8 taps": (("modes=8", "taps=8"), ()),
+    "32 modes, 32 taps": (("modes=32", "taps=32"), ()),
+    "kernels' rate 0.05": ((), ("--kernel-lr-scale", "0.05")),
+    "kernels' rate 1": ((), ("--kernel-lr-scale", "1")),
+}
+
+# Images in one pass that take a model as long as 60,000 take ConvNeXt, by the times of the first rows.
+EQUAL_TIME = {"paper's layer, batch": 36_000, "local taps, batch": 27_000, "local taps, parseval": 46_000}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training run.
+
+    Args:
+        group: Table that it belongs to.
+        name: Its name there.
+        seed: Seed of weights, order and augmentation.
+        data: What `data.write` knows the images by.
+        options: Arguments of the script beside seed, data and output.
+        start: Identifier of the row whose weights it starts from.
+    """
+
+    group: str
+    name: str
+    seed: int
+    data: str
+    options: tuple[str, ...]
+    start: Optional[str] = None
+
+    @property
+    def identifier(self) -> str:
+        words = "".join(c if c.isalnum() or c == "." else "-" for c in f"{self.group} {self.name}")
+        return f"{words}-{self.seed}"
+
+
+def model(spec: tuple[str, tuple[str, ...]], *more: str) -> tuple[str, ...]:
+    return ("--model", spec[0], "--model-kwargs", *SHAPE, *spec[1], *more)
+
+
+def fashion(spec: tuple[str, tuple[str, ...]], *more: str) -> tuple[str, ...]:
+    scratch = "--img-size 16 --epochs 1 --lr 4e-3 --scale 0.6 1".split()
+    return (*model(spec, "patch_size=1", *more), *RECIPE, *scratch)
+
+
+def main_rows() -> list[Row]:
+    """Returns the models from scratch on Fashion-MNIST, one pass over its 60,000 images."""
+    return [
+        Row("main", name, seed, "fashion-60000", fashion(spec)) for seed in range(3) for name, spec in MODELS.items()
+    ]
+
+
+def equal_time_rows() -> list[Row]:
+    """Returns the same models on as many images as take the time of ConvNeXt's pass."""
+    return [
+        Row("equal time", name, seed, f"fashion-{images}", fashion(MODELS[name]))
+        for seed in range(3)
+        for name, images in EQUAL_TIME.items()
+    ]
+
+
+def change_rows() -> list[Row]:
+    """Returns the layer with local taps and parseval norm with one thing changed."""
+    return [
+        Row("changes", name, 0, "fashion-60000", (*fashion(PARSEVAL, *arguments), *options))
+        for name, (arguments, options) in CHANGES.items()
+    ]
+
+
+def fine_tuning_rows() -> list[Row]:
+    """Returns ConvNeXts trained on half of the classes, then tuned on the other half: as they are, and converted."""
+    rows = []
+    tuned = "--img-size 16 --epochs 3 --lr 1e-3 --scale 0.6 1".split()
+    for seed in range(3):
+        first = Row("before fine-tuning", "ConvNeXt", seed, "fashion-first-half", fashion(CONVNEXT))
+        rows.append(first)
+        for name in ("ConvNeXt", "local taps, batch", "local taps, parseval"):
+            options = (*model(MODELS[name], "patch_size=1"), *RECIPE, *tuned)
+            rows.append(Row("fine-tuning", name, seed, "fashion-second-half", options, first.identifier))
+    return rows
+
+
+def pathfinder_rows() -> list[Row]:
+    """Returns the models on drawings in which two discs are joined by a curve or not, at two sizes."""
+    scratch = "--epochs 6 --lr 2e-3 --scale 0.99 1 --smoothing 0".split()
+    return [
+        Row(
+            f"pathfinder {side}",
+            name,
+            seed,
+            f"pathfinder-{side}",
+            (*model(spec), *RECIPE, *scratch, "--img-size", str(side)),
+        )
+        for side in (64, 128)
+        for seed in range(2)
+        for name, spec in MODELS.items()
+    ]
+
+
+def all_rows() -> list[Row]:
+    return [*main_rows(), *fine_tuning_rows(), *pathfinder_rows(), *change_rows(), *equal_time_rows()]

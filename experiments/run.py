@@ -1,0 +1,248 @@
+"""Runs the experiments, one call of train_imagenet.py a row, and appends a line for each to OUTPUT/results.csv.
+
+    python -m experiments.run --output results --fashion-mnist /usr/share/datasets/fashion-mnist
+
+Interrupted (Ctrl-C, SIGTERM) or killed, the same command goes on: rows that the file has are not run again, a row that
+was in the middle goes on there. A row that fails is kept as failed, with its reason; take its line out of the file to
+run it again. What remains of a row lies in OUTPUT/runs: its log and its checkpoints.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from experiments.data import MissingData, write
+from experiments.rows import Row, all_rows
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters")
+COLUMNS += ("steps", "step_ms", "train_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python")
+COLUMNS += ("commit", "date", "command")
+
+# A line of the script's log: steps so far, steps of the epoch, and the seconds that they took.
+STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.]+)s backward ([\d.]+)s step ([\d.]+)s")
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    args = parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_one(args.output):
+            return Runner(args).run([row for row in all_rows() if not args.groups or row.group in args.groups])
+    except (Refused, MissingData) as error:
+        print(f"experiments.run: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = list(dict.fromkeys(row.group for row in all_rows()))
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the results, the runs and their images")
+    fashion = Path("/usr/share/datasets/fashion-mnist")
+    add("--fashion-mnist", type=Path, default=fashion, help="folder of its four files (default: %(default)s)")
+    add(
+        "--groups",
+        nargs="+",
+        choices=groups,
+        metavar="GROUP",
+        help=f"tables to run: {', '.join(groups)} (default: all)",
+    )
+    cores = os.cpu_count() or 1
+    add("--jobs", type=int, default=cores, help="rows at once, each on one thread (default: the cores)")
+    return parser.parse_args(argv)
+
+
+class Refused(Exception):
+    """The runner can't begin; the message says why, in one line."""
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Holds a folder, so that a second runner is refused."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Refused(f"another runner is at work on {folder / 'results.csv'}") from error
+        yield
+
+
+class Runner:
+    """Runs rows and keeps their results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.file = args, args.output / "results.csv"
+        self.lock, self.processes, self.stopped = threading.Lock(), set(), False
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        self.fixed = {
+            "hardware": processor(),
+            "threads": 1,
+            "jobs": args.jobs,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+            "commit": commit.stdout.strip(),
+        }
+
+    def run(self, rows: list[Row]) -> int:
+        """Runs the rows that have no result, those first that others start from; returns the exit status."""
+        there = self.results()
+        left = [row for row in rows if row.identifier not in there]
+        for name in dict.fromkeys(row.data for row in left):
+            self.prepare(name)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        bar = tqdm(total=len(rows), initial=len(rows) - len(left), disable=not sys.stderr.isatty(), unit="row")
+        for wave in ([row for row in left if not row.start], [row for row in left if row.start]):
+            with ThreadPoolExecutor(self.args.jobs) as pool:
+                for result in pool.map(self.run_row, wave):
+                    if result is not None:
+                        bar.update()
+                        if bar.disable:
+                            print(
+                                f"{result['identifier']}: {result['status']} {result['top1']} {result['reason']}",
+                                flush=True,
+                            )
+        failed = [line["identifier"] for line in self.results().values() if line["status"] == "failed"]
+        if failed:
+            print(f"failed: {', '.join(failed)}; reasons are in {self.file}", file=sys.stderr)
+        return 75 if self.stopped else int(bool(failed))
+
+    def results(self) -> dict[str, dict[str, str]]:
+        if not self.file.exists():
+            return {}
+        with open(self.file, newline="") as file:
+            return {line["identifier"]: line for line in csv.DictReader(file)}
+
+    def prepare(self, name: str) -> None:
+        """Writes images that are not there yet; complete, or not at all."""
+        folder = self.args.output / "data" / name
+        if folder.is_dir():
+            return
+        temporary = folder.with_name(f".{name}.writing")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(name, temporary, self.args.fashion_mnist)
+        temporary.rename(folder)
+
+    def stop(self) -> None:
+        """Lets the rows that run save and end, and starts no others."""
+        self.stopped = True
+        for process in list(self.processes):
+            process.send_signal(signal.SIGTERM)
+
+    def run_row(self, row: Row) -> Optional[dict[str, Any]]:
+        """Runs a row to its end and adds its result to the file; returns None if it was stopped."""
+        if self.stopped:
+            return None
+        folder = self.args.output / "runs" / row.identifier
+        folder.parent.mkdir(exist_ok=True)
+        command = self.command(row, folder)
+        log = folder.with_name(f"{row.identifier}.log")
+        with open(log, "a") as file:
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+            self.processes.add(process)
+            if self.stopped:
+                process.send_signal(signal.SIGTERM)
+            status = process.wait()
+            self.processes.discard(process)
+        if self.stopped and status != 0:
+            return None
+        result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
+        result |= {
+            "name": row.name,
+            "seed": row.seed,
+            "data": row.data,
+            "command": shlex.join(["python", *command[1:]]),
+        }
+        result["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        result |= measured(folder, log) if status == 0 else failure(log, status)
+        with self.lock:
+            append(self.file, result)
+        return result
+
+    def command(self, row: Row, folder: Path) -> list[str]:
+        command = [sys.executable, str(ROOT / "train_imagenet.py"), *row.options, "--seed", str(row.seed)]
+        command += ["--data-dir", str(self.args.output / "data" / row.data)]
+        if row.start:
+            command += ["--finetune", str(self.args.output / "runs" / row.start / "best.safetensors")]
+        return [*command, "--output", str(folder), "--resume", "auto"]
+
+
+def measured(folder: Path, log: Path) -> dict[str, Any]:
+    """Returns what a row that came to its end measured: that of the last epoch, not of the best one."""
+    with open(folder / "summary.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    with safe_open(folder / "last.safetensors", "pt") as file:
+        trained = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".exp_avg")]
+    step_ms, steps = times(log.read_text())
+    return {
+        "status": "done",
+        "top1": epochs[-1]["top1"],
+        "loss": epochs[-1]["loss"],
+        "train_loss": epochs[-1]["train_loss"],
+        "parameters": sum(torch.Size(shape).numel() for shape in trained),
+        "steps": steps * len(epochs),
+        "step_ms": round(step_ms, 1),
+        "train_s": round(step_ms * steps * len(epochs) / 1000, 1),
+    }
+
+
+def times(log: str) -> tuple[float, int]:
+    """Returns the time of a step in ms, over the last stretch without an interruption, and the steps of an epoch."""
+    found = [[float(value) for value in match.groups()] for match in STEP.finditer(log)]
+    epoch, last, steps, *seconds = found[-1]
+    own = [line for line in found if line[0] == epoch]
+    for before, after in zip(own, own[1:]):
+        if sum(after[3:]) < sum(before[3:]):  # begun anew
+            own = own[own.index(after) :]
+    first = own[0]
+    return 1000 * (sum(seconds) - sum(first[3:])) / (last - first[1]), int(steps)
+
+
+def failure(log: Path, status: int) -> dict[str, str]:
+    """Returns why a row failed: the last line that it wrote."""
+    lines = log.read_text().strip().splitlines() or ["nothing was written"]
+    return {"status": "failed", "reason": f"exit status {status}: {lines[-1]}"}
+
+
+def append(file: Path, result: dict[str, Any]) -> None:
+    new = not file.exists()
+    with open(file, "a", newline="") as opened:
+        writer = csv.DictWriter(opened, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(result)
+
+
+def processor() -> str:
+    """Returns the processor's name, as Linux has it, and its cores."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
