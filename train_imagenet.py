@@ -3,7 +3,7 @@
     python train_imagenet.py --data-dir imagenet --model mrconvnext_tiny --output run          one process
     torchrun --nproc-per-node 8 train_imagenet.py --data-dir imagenet --output run             eight
     python train_imagenet.py --data-dir imagenet --output run --resume auto                    go on
-    python train_imagenet.py --dataset digits --global-batch 64 --epochs 20 --output run       a minute's trial
+    python train_imagenet.py --data-dir imagenet --output run --evaluate                       its best weights
 
 The folder --output holds one run: args.yaml, summary.csv, curves.png, checkpoints (last.safetensors,
 previous.safetensors), the best weights (best.safetensors) and, at the end, these ready for the Hub in both forms
@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -43,7 +44,7 @@ from tqdm import tqdm
 import mrconvnext
 from mrconvnext import MRConvNeXt, checkpoint
 from mrconvnext.convert import options_of_file
-from mrconvnext.data import EvalBatches, Samples, TrainBatches, classes_of, derived_seed, open_dataset, seed_all
+from mrconvnext.data import NONE, EvalBatches, Samples, TrainBatches, classes_of, derived_seed, open_dataset, seed_all
 
 _logger = logging.getLogger("train")
 
@@ -63,6 +64,34 @@ class Refused(Exception):
 # Arguments
 
 
+class Keywords(ParseKwargs):
+    """Reads NAME=VALUE and refuses what is not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: list[str], option: Any = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option} must be NAME=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option)
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def part(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
 def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
@@ -71,27 +100,37 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add("--train-split", default="train", help="(default: %(default)s)")
     add("--val-split", default="validation", help="(default: %(default)s)")
     add("--dataset-download", action="store_true", help="let the dataset download itself (default: no)")
-    add("--num-classes", type=int, help="classes (default: those of the data)")
-    add("--img-size", type=int, help="side of the images, pixels (default: the model's, 32 for digits)")
-    add("--crop-pct", type=float, help="part of an image's side that is evaluated, 0 to 1 (default: the model's)")
+    add("--num-classes", type=positive, help="classes (default: those of the data)")
+    add("--img-size", type=positive, help="side of the images, pixels (default: the model's, 32 for digits)")
+    add("--crop-pct", type=part, help="part of an image's side that is evaluated, 0 to 1 (default: the model's)")
     workers = min(4, os.cpu_count() or 1)
-    add("--workers", "-j", type=int, default=workers, help="processes that read images (default: 4, or the cores)")
-    add("--max-unreadable", type=int, default=100, help="files that may be passed over in an epoch (default: 100)")
+    add("--workers", "-j", type=natural, default=workers, help="processes that read images (default: 4, or the cores)")
+    add("--max-unreadable", type=natural, default=100, help="files that may be passed over in an epoch (default: 100)")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="mrconvnext_tiny", help="name of a model of timm (default: %(default)s)")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE", help="its arguments")
+    add("--model-kwargs", nargs="*", default={}, action=Keywords, metavar="NAME=VALUE", help="its arguments")
     add("--pretrained", action="store_true", help="start from published weights (default: from none)")
     add("--finetune", type=Path, metavar="FILE", help="start from a file's weights: ours or a ConvNeXt's")
     add("--freeze", nargs="*", default=[], metavar="MODULE", help="modules that stay as they are: stem, stages.0, …")
-    add("--drop-path", type=float, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
+    add("--drop-path", type=part, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
     add("--ls-init", type=float, help="start of the layer scales (default: 1e-6)")
     add("--grad-checkpointing", action="store_true", help="compute blocks again instead of keeping them")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, default=300, help="(default: %(default)s)")
-    add("--global-batch", type=int, default=4096, help="images of a step, over all processes (default: %(default)s)")
-    add("--batch-size", "-b", type=int, help="images at once in a process (default: at most 128 that divide its share)")
+    add("--epochs", type=positive, default=300, help="(default: %(default)s)")
+    add(
+        "--global-batch",
+        type=positive,
+        default=4096,
+        help="images of a step, over all processes (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        "-b",
+        type=positive,
+        help="images at once in a process (default: at most 128 that divide its share)",
+    )
     add("--opt", default="adamw", help="optimizer, by timm's name (default: %(default)s)")
     add("--opt-betas", type=float, nargs=2, help="its betas (default: its own)")
     add("--lr", type=float, default=4e-3, help="learning rate for a global batch of 4096 (default: %(default)s)")
@@ -103,34 +142,47 @@ def parse_args(argv: Optional[list[str]] = None) -> argparse.Namespace:
     add("--warmup-epochs", type=float, default=20, help="(default: %(default)s)")
     add("--warmup-lr", type=float, default=0.0, help="learning rate at the start (default: %(default)s)")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default: %(default)s)")
-    add("--model-ema-decay", type=float, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)")
+    add("--model-ema-decay", type=part, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)")
     add("--sync-norm", action="store_true", help="branch statistics over all processes (default: each its own)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-aug", action="store_true", help="resize alone, no flips, mixup, cutmix or smoothing")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment, as timm writes it (default: %(default)s)")
-    add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="part of an image that is cropped (default: 0.08 1)")
-    add("--hflip", type=float, default=0.5, help="probability of a flip (default: %(default)s)")
-    add("--reprob", type=float, default=0.25, help="probability of random erasing (default: %(default)s)")
+    add("--scale", type=part, nargs=2, default=(0.08, 1.0), help="part of an image that is cropped (default: 0.08 1)")
+    add("--hflip", type=part, default=0.5, help="probability of a flip (default: %(default)s)")
+    add("--reprob", type=part, default=0.25, help="probability of random erasing (default: %(default)s)")
     add("--mixup", type=float, default=0.8, help="alpha of mixup (default: %(default)s)")
     add("--cutmix", type=float, default=1.0, help="alpha of cutmix (default: %(default)s)")
-    add("--smoothing", type=float, default=0.1, help="label smoothing (default: %(default)s)")
+    add("--smoothing", type=part, default=0.1, help="label smoothing (default: %(default)s)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, help="folder of the run")
     add("--resume", default="", choices=("", "auto"), help='"auto": go on from the newest complete checkpoint, if any')
-    add("--evaluate", action="store_true", help="evaluate the model, as it is and deployed, and end")
-    add("--seed", type=int, default=42, help="(default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
+    add(
+        "--evaluate",
+        action="store_true",
+        help="evaluate the run's best weights, or those given, as they are and deployed",
+    )
+    add("--seed", type=natural, default=42, help="(default: %(default)s)")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
     add("--model-dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")
     add("--amp-dtype", choices=("bfloat16", "float16"), help="autocast to this type (default: none)")
     add("--channels-last", action="store_true", help="images in channels-last order")
     add("--torchcompile", action="store_true", help="compile the model")
-    add("--log-interval", type=int, default=50, help="steps between two lines (default: %(default)s)")
-    add("--checkpoint-interval", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--log-interval", type=positive, default=50, help="steps between two lines (default: %(default)s)")
+    add("--checkpoint-interval", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
+    if args.scale[0] > args.scale[1]:
+        parser.error(f"--scale must be a range, got {args.scale[0]} {args.scale[1]}")
+    if args.evaluate and not args.pretrained and args.finetune is None:
+        args.finetune = args.output / "best.safetensors"
     return args
 
 
@@ -178,12 +230,20 @@ def split_batch(args: argparse.Namespace, processes: int) -> int:
     share, rest = divmod(args.global_batch, processes)
     if rest or share == 0:
         raise Refused(f"--global-batch {args.global_batch} can't be split over {processes} processes")
-    size = args.batch_size or max(size for size in range(1, min(share, 128) + 1) if share % size == 0)
-    if share % size:
+    unit = 2 if is_mixed(args) else 1  # mixup takes images in pairs
+    if share % unit:
+        raise Refused(f"--global-batch {args.global_batch}: mixup needs an even number of images in a process")
+    size = args.batch_size or max(size for size in range(unit, min(share, 128) + 1, unit) if share % size == 0)
+    if share % size or size % unit:
         raise Refused(
-            f"--batch-size {size} must divide a process's share {share} of --global-batch {args.global_batch}"
+            f"--batch-size {size} must {'be even for mixup and ' if unit == 2 else ''}divide a process's share {share} "
+            f"of --global-batch {args.global_batch}"
         )
     return size
+
+
+def is_mixed(args: argparse.Namespace) -> bool:
+    return not args.no_aug and (args.mixup > 0 or args.cutmix > 0)
 
 
 class Data(NamedTuple):
@@ -251,23 +311,39 @@ def make_loaders(data: Data, args: argparse.Namespace, config: dict, processes: 
         raise Refused(f"--global-batch {args.global_batch} is more than the {len(data.train)} training images")
     evaluated = EvalBatches(len(data.validation), size, processes.rank, processes.count)
     return Loaders(
-        DataLoader(Samples(data.train, train, args.seed), batch_sampler=batches, **options),
-        DataLoader(Samples(data.validation, validation, args.seed), batch_sampler=evaluated, **options),
+        DataLoader(Samples(data.train, train, args.seed, train=True), batch_sampler=batches, **options),
+        DataLoader(Samples(data.validation, validation, args.seed, train=False), batch_sampler=evaluated, **options),
         batches.steps,
     )
 
 
 def ignore_signals(worker: int) -> None:
-    """Leaves signals that are sent to a group of processes to the one that trains."""
+    """Leaves signals that are sent to a group of processes to the one that trains, which ends the others."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """Ends the processes that read images, which ignore signals, however the run ends."""
+    try:
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def make_transforms(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Callable, Callable]:
     """Returns timm's transforms of images for training and for evaluation."""
     common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
     augmentation = dict(scale=args.scale, hflip=args.hflip, auto_augment=args.aa or None, re_prob=args.reprob)
-    train = create_transform(**common, is_training=True, no_aug=args.no_aug, re_mode="pixel", **augmentation)
+    try:
+        train = create_transform(**common, is_training=True, no_aug=args.no_aug, re_mode="pixel", **augmentation)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise Refused(f"--aa must be an augmentation that timm knows, got {args.aa!r} ({error})") from error
     return train, create_transform(**common, crop_pct=config["crop_pct"])
 
 
@@ -275,10 +351,9 @@ def make_transforms(args: argparse.Namespace, config: dict[str, Any]) -> tuple[C
 
 
 def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    size = next((word for word in args.model.partition(".")[0].split("_") if word in DROP_PATH), "tiny")
     options = {
         "num_classes": classes,
-        "drop_path_rate": DROP_PATH[size] if args.drop_path is None else args.drop_path,
+        "drop_path_rate": drop_path(args),
         "ls_init_value": args.ls_init,
         **args.model_kwargs,
     }
@@ -286,18 +361,29 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
         options |= {"branch_norm": "parseval", "sync_norm": True}
     try:
         if args.finetune:
-            found = options_of_file(args.finetune)
+            found = options_of_file(args.finetune, timm.get_pretrained_cfg_value(args.model, "classifier"))
             options["pretrained_cfg_overlay"] = {"file": str(args.finetune), "num_classes": found.pop("num_classes")}
             options = {**found, **options}
         elif args.img_size and timm.models.is_model_in_modules(args.model, ["mrconvnext"]):
             options.setdefault("img_size", args.img_size)
         model = timm.create_model(args.model, pretrained=args.pretrained or args.finetune is not None, **options)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        model.set_grad_checkpointing(args.grad_checkpointing)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise Refused(" ".join(f"--model {args.model}: {error}".split())) from error
     for name in args.freeze:
-        freeze(model, name, include_bn_running_stats=False)
-    model.set_grad_checkpointing(args.grad_checkpointing)
+        if name not in dict(model.named_modules()):
+            raise Refused(
+                f"--freeze {name}: {args.model} has no such module, but {', '.join(dict(model.named_children()))}"
+            )
+        freeze(model, name, include_bn_running_stats=False)  # their statistics stay since they stay in eval mode
     return model.to(getattr(torch, args.model_dtype))
+
+
+def drop_path(args: argparse.Namespace) -> Optional[float]:
+    """Returns the rate of stochastic depth, None to leave a model that is no ConvNeXt as it is."""
+    if args.drop_path is not None or not timm.models.is_model_in_modules(args.model, ["convnext", "mrconvnext"]):
+        return args.drop_path
+    return next((DROP_PATH[word] for word in args.model.partition(".")[0].split("_") if word in DROP_PATH), 0.1)
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -315,7 +401,10 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
             if own:
                 split.append({**group, "params": own, "lr_scale": scale * group.get("lr_scale", 1.0)})
     options = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
-    return create_optimizer_v2(split, args.opt, lr=learning_rate(args), weight_decay=args.weight_decay, **options)
+    try:
+        return create_optimizer_v2(split, args.opt, lr=learning_rate(args), weight_decay=args.weight_decay, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise Refused(f"--opt {args.opt}: {error}") from error
 
 
 def learning_rate(args: argparse.Namespace) -> float:
@@ -351,7 +440,7 @@ class Run:
         )
         self.ema = ModelEmaV3(self.model, args.model_ema_decay, use_warmup=True) if args.model_ema_decay else None
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp_dtype == "float16")
-        mixed = not args.no_aug and (args.mixup > 0 or args.cutmix > 0)
+        mixed = is_mixed(args)
         smoothing = 0.0 if args.no_aug else args.smoothing
         options = dict(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=smoothing)
         self.mixup = Mixup(num_classes=data.classes, **options) if mixed else None
@@ -364,8 +453,8 @@ class Run:
             self.trained = torch.compile(self.trained)
         # What a checkpoint holds beside tensors.
         self.step, self.losses, self.best, self.rows = 0, [], -math.inf, []
-        self.unreadable: list[str] = []
-        self.stop = False
+        self.unreadable: list[str] = []  # files of this epoch
+        self.signalled = self.stop = False  # this process was told to stop; all processes know
 
     def _data_config(self) -> dict[str, Any]:
         side = self.args.img_size
@@ -404,6 +493,7 @@ class Run:
         if found is None:
             return False
         tensors, state = found
+        check_same(self.args, state["arguments"])
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, key = name.partition(".")
@@ -414,7 +504,8 @@ class Run:
         checkpoint.restore_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.losses, self.best = state["step"], state["losses"], state["best"]
-        self.rows, self.unreadable = state["rows"], state["unreadable"]
+        self.rows = state["rows"]
+        self.unreadable = state["unreadable"] if self.processes.rank == 0 else []
         return True
 
     # Training
@@ -423,14 +514,17 @@ class Run:
         """Trains to the last epoch, or until a signal."""
         if self.processes.rank == 0:
             self.tensorboard = open_tensorboard(self.args.output, self.step // self.loaders.steps)
-        while not self.stop and self.step < self.args.epochs * self.loaders.steps:
-            epoch, first = divmod(self.step, self.loaders.steps)
-            if not self.train_epoch(epoch, first):
+        while len(self.rows) < self.args.epochs:
+            epoch = len(self.rows)
+            first = self.step - epoch * self.loaders.steps
+            if first < self.loaders.steps:
+                self.train_epoch(epoch, first)
+            if self.stop:
                 return
             self.finish_epoch(epoch)
 
-    def train_epoch(self, epoch: int, first: int) -> bool:
-        """Trains an epoch from a step on; returns whether it came to its end."""
+    def train_epoch(self, epoch: int, first: int) -> None:
+        """Trains an epoch from a step on, to its end or until a signal."""
         if first and isinstance(self.loaders.train.dataset, IterableDataset):
             _logger.info(f"epoch {epoch}: a stream can't go on in its middle, the epoch starts anew")
             self.step, self.losses, first = epoch * self.loaders.steps, [], 0
@@ -443,19 +537,18 @@ class Run:
             ended = number == self.loaders.steps - 1
             if ended or (number + 1) % self.args.log_interval == 0:
                 self.log_step(epoch, number, clock)
-            (stop,) = self.processes.total(float(self.stop))
-            self.stop = stop > 0
-            if ended:
-                break  # what ends an epoch saves as well
-            if self.stop or self.step % self.args.checkpoint_interval == 0:
+            (signalled,) = self.processes.total(float(self.signalled))
+            self.stop = signalled > 0
+            if ended or self.stop or self.step % self.args.checkpoint_interval == 0:
                 self.save()
             if self.stop:
-                return False
-        return True
+                return
 
     def train_step(self, batches: Iterator, clock: "Clock") -> float:
         """Takes a step of the optimizer; returns the loss over the global batch."""
         self.trained.train()
+        for name in self.args.freeze:
+            self.model.get_submodule(name).eval()
         total = 0.0
         for i in range(self.accumulation):
             clock.start()
@@ -478,10 +571,7 @@ class Run:
             total += loss.item()
         (total,) = self.processes.total(total / self.processes.count)
         if not math.isfinite(total):
-            raise Refused(
-                f"the loss of step {self.step} is {total}; the last good checkpoint is "
-                f"{self.args.output / checkpoint.LAST} if there is one, with --resume auto it goes on from there"
-            )
+            raise Refused(f"the loss of step {self.step} is {total}; {last_good(self.args.output, self.step)}")
         if self.args.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
@@ -492,6 +582,7 @@ class Run:
         if self.ema is not None:
             self.ema.update(self.model, self.step + 1)
         clock.lap("step")
+        self.check_unreadable()
         return total
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -504,14 +595,19 @@ class Run:
         return torch.autocast(self.processes.device.type, dtype, enabled=self.args.amp_dtype is not None)
 
     def count_unreadable(self, lists: list[list[str]]) -> None:
-        found = [line for names in lists for name in names for line in name.splitlines()]
-        for line in found:
-            _logger.warning(f"passed over {line}")
-        self.unreadable += found
-        if len(self.unreadable) > self.args.max_unreadable:
+        """Names the files of an epoch that could not be read, each once."""
+        for line in (line for names in lists for name in names for line in name.splitlines()):
+            if line not in self.unreadable:
+                self.unreadable.append(line)
+                _logger.warning(f"passed over {line}")
+
+    def check_unreadable(self) -> None:
+        """Raises in all processes if there were too many files that could not be read."""
+        (count,) = self.processes.total(len(self.unreadable))
+        if count > self.args.max_unreadable:
+            last = f", the last one {self.unreadable[-1]}" if self.unreadable else ""
             raise Refused(
-                f"more than --max-unreadable {self.args.max_unreadable} files of an epoch can't be read, "
-                f"the last one {self.unreadable[-1]}"
+                f"more than --max-unreadable {self.args.max_unreadable} files of an epoch can't be read{last}"
             )
 
     # After an epoch
@@ -522,7 +618,7 @@ class Run:
             for own in (self.model, self.ema and self.ema.module):
                 if own is not None:
                     distribute_bn(own, self.processes.count)  # all evaluate what the first process saves
-        row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch, "lr": self.rate()}
         row["train_loss"] = sum(self.losses) / len(self.losses)
         row |= self.evaluate(self.model)
         best, module = row["top1"], self.model
@@ -550,23 +646,32 @@ class Run:
         """Returns loss and accuracies in % over all validation images."""
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
-        for images, targets, *_ in self.loaders.validation:
+        for images, targets, *unreadable in self.loaders.validation:
+            self.count_unreadable(unreadable)
             targets = targets.to(self.processes.device)
             with self.autocast():
                 logits = model(self.to_device(images)).double()
+            logits, targets = logits[targets != NONE], targets[targets != NONE]
             count = len(targets)
             top1, top5 = accuracy(logits, targets, topk=(1, min(5, self.classes)))
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
             right = [round(share.item() * count / 100) for share in (top1, top5)]
             sums += torch.tensor([loss.item(), *right, count], dtype=torch.float64)
+        self.check_unreadable()
         loss, top1, top5, count = self.processes.total(*sums.tolist())
         return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
+    def rate(self) -> float:
+        """Returns the learning rate of a parameter whose rate is not scaled."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group["lr_scale"]
+
     def log_step(self, epoch: int, number: int, clock: "Clock") -> None:
-        rate = self.optimizer.param_groups[0]["lr"]
         recent = self.losses[-self.args.log_interval :]
         loss = sum(recent) / len(recent)
-        _logger.info(f"epoch {epoch} step {number + 1}/{self.loaders.steps} loss {loss:.4f} lr {rate:.2e} {clock}")
+        _logger.info(
+            f"epoch {epoch} step {number + 1}/{self.loaders.steps} loss {loss:.4f} lr {self.rate():.2e} {clock}"
+        )
 
 
 @contextlib.contextmanager
@@ -574,7 +679,7 @@ def noting_signals(run: Run) -> Iterator[None]:
     """Lets SIGTERM and SIGINT stop a run after the step that it is at."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in handlers:
-        signal.signal(number, lambda *_: setattr(run, "stop", True))
+        signal.signal(number, lambda *_: setattr(run, "signalled", True))
     try:
         yield
     finally:
@@ -634,34 +739,57 @@ def open_tensorboard(folder: Path, epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=epoch)
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Makes the folder of a run; raises if it holds another one."""
+def last_good(folder: Path, step: int) -> str:
+    """Returns which checkpoint of a run is the last one whose weights took a step, if there is one."""
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found = checkpoint.read(folder / name)[1]["step"]
+            if found < step:
+                return f"the last good checkpoint is {folder / name}, of step {found}"
+    return f"there is no good checkpoint in {folder}"
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises if the folder of a run holds another one."""
+    names = ("args.yaml", checkpoint.LAST, checkpoint.PREVIOUS)
+    if not args.resume and any((args.output / name).exists() for name in names):
+        raise Refused(f"--output {args.output} holds another run: give --resume auto, or another folder")
     file = args.output / "args.yaml"
-    own = json.loads(json.dumps(plain(args)))
     if file.is_file():
-        if not args.resume:
-            raise Refused(f"--output {args.output} holds another run: give --resume auto, or another folder")
-        there = yaml.safe_load(file.read_text())
-        different = [name for name in own if name not in CHANGEABLE and there.get(name) != own[name]]
-        if different:
-            changes = ", ".join(f"--{name.replace('_', '-')} {there.get(name)}" for name in different)
-            raise Refused(f"--output {args.output} holds another run, one with {changes}")
+        check_same(args, yaml.safe_load(file.read_text()) or {})
+
+
+def check_same(args: argparse.Namespace, there: dict[str, Any]) -> None:
+    """Raises if a run was begun with other arguments, but for those that may change."""
+    own = json.loads(json.dumps(plain(args)))
+    different = [name for name in own if name not in CHANGEABLE and there.get(name) != own[name]]
+    if different:
+        changes = ", ".join(f"--{name.replace('_', '-')} {there.get(name)}" for name in different)
+        raise Refused(f"--output {args.output} holds another run, one with {changes}")
+
+
+def write_args(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(own))
+    temporary = args.output / ".args.yaml.writing"
+    temporary.write_text(yaml.safe_dump(json.loads(json.dumps(plain(args)))))
+    os.replace(temporary, args.output / "args.yaml")
 
 
 def publish(run: Run) -> None:
     """Writes the best weights in both forms with their cards, ready for the Hub."""
     if not isinstance(run.model, MRConvNeXt):
         return
-    weights, _ = checkpoint.read(run.args.output / "best.safetensors")
+    try:
+        weights, _ = checkpoint.read(run.args.output / "best.safetensors")
+    except ValueError as error:
+        raise Refused(str(error)) from error
     model = copy.deepcopy(run.model)
     model.load_state_dict(weights)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": run.config["input_size"]}
     metrics = {
         f"Top-1 (%), {run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}": round(run.best, 2)
     }
-    metrics["Epochs"] = run.args.epochs
+    metrics["Epochs"] = len(run.rows)
     for fused in (False, True):
         folder = run.args.output / ("fused" if fused else "trained")
         found = mrconvnext.save(model, folder, fused=fused, metrics=metrics)
@@ -675,20 +803,23 @@ def main(argv: Optional[list[str]] = None) -> int:
         with processes_of(args.device) as processes:
             if processes.rank != 0:
                 logging.disable(logging.INFO)
-            return run(args, processes)
+            with ending_workers():
+                return run(args, processes)
     except (Refused, OSError) as error:
-        print(f"train_imagenet.py: {error}", file=sys.stderr)
+        reason = str(error).strip().splitlines()[-1]  # of a process that reads images it comes with a traceback
+        print(f"train_imagenet.py: {reason}", file=sys.stderr)
         return 2
 
 
 def run(args: argparse.Namespace, processes: Processes) -> int:
-    if processes.rank == 0 and not args.evaluate:
-        prepare_output(args)
-    own = Run(args, processes)
     if args.evaluate:
-        return evaluate(own)
+        return evaluate(Run(args, processes))
+    check_output(args)
+    own = Run(args, processes)
     if args.resume and own.restore():
         _logger.info(f"goes on at step {own.step}")
+    if processes.rank == 0:
+        write_args(args)
     share = args.global_batch // processes.count
     _logger.info(
         f"{own.loaders.steps} steps an epoch of {args.global_batch} images: {processes.count} processes × "

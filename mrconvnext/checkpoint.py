@@ -16,13 +16,16 @@ _logger = logging.getLogger(__name__)
 LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
 
 
-def write(file: Path, tensors: dict[str, Tensor], state: Optional[dict[str, Any]] = None) -> None:
-    """Writes a file under another name, then moves it: whatever happens, ``file`` is the old one or the new one.
+def write(
+    file: Path, tensors: dict[str, Tensor], state: Optional[dict[str, Any]] = None, keep: Optional[Path] = None
+) -> None:
+    """Writes a file under another name, then moves it: what bears a checkpoint's name is complete.
 
     Args:
         file: Where to write.
         tensors: Tensors by name.
         state: What JSON can hold.
+        keep: Where the file that ``file`` replaces is kept.
 
     Raises:
         OSError: If it can't be written, the disk full for one. Nothing is left behind.
@@ -31,8 +34,11 @@ def write(file: Path, tensors: dict[str, Tensor], state: Optional[dict[str, Any]
     try:
         own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(own, temporary, metadata={"state": json.dumps(state or {})})
+        temporary.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes its files private
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
+        if keep is not None and file.is_file():
+            os.replace(file, keep)
         os.replace(temporary, file)
     except SafetensorError as error:
         raise OSError(f"{file} can't be written: {error}") from error
@@ -59,14 +65,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def write_last(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes the newest checkpoint of a run and keeps the one before it."""
-    last = folder / LAST
-    if last.is_file():
-        # A second name for the same file: there is no moment without a ``last``.
-        temporary = folder / f".{PREVIOUS}.writing"
-        temporary.unlink(missing_ok=True)
-        os.link(last, temporary)
-        os.replace(temporary, folder / PREVIOUS)
-    write(last, tensors, state)
+    write(folder / LAST, tensors, state, keep=folder / PREVIOUS)
 
 
 def read_newest(folder: Path) -> Optional[tuple[dict[str, Tensor], dict[str, Any]]]:

@@ -43,8 +43,12 @@ def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
     return own
 
 
-def options_of_file(file: Path) -> dict[str, Any]:
+def options_of_file(file: Path, classifier: Optional[str] = None) -> dict[str, Any]:
     """Returns what a checkpoint file says of the model that it is of: ``num_classes`` and, if it is ours, ``img_size``.
+
+    Args:
+        file: A checkpoint.
+        classifier: Name of the classifier of a model that is no ConvNeXt.
 
     Raises:
         ValueError: If it is missing or damaged, holds more than tensors, or is no checkpoint.
@@ -53,9 +57,12 @@ def options_of_file(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no file")
     try:
         weights = load_state_dict(str(file))
-    except (EOFError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        classifiers = [name for name in (f"{classifier}.weight", *CLASSIFIERS) if name in weights]
+        options: dict[str, Any] = {"num_classes": len(weights[classifiers[0]]) if classifiers else 0}
+    except (AttributeError, EOFError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
         raise ValueError(f"{file} is damaged or no checkpoint that may be read ({error})") from error
-    options: dict[str, Any] = {"num_classes": next((len(weights[name]) for name in CLASSIFIERS if name in weights), 0)}
+    if any(name.startswith("optimizer.") for name in weights):
+        raise ValueError(f"{file} is what a run needs to go on: take {file.with_name('best.safetensors')}")
     grid = weights.get("stages.0.blocks.0.conv_dw.grid")
     if grid is not None:
         options["img_size"] = tuple(4 * side for side in grid.tolist()[:2])

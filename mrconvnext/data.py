@@ -17,7 +17,13 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 # What Pillow raises for files that are no images, or only parts of one.
-UNREADABLE = (OSError, SyntaxError, ValueError)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+# The target that stands for no image at all.
+NONE = -1
+
+# Kinds of data sets that timm opens by name.
+KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 
 # How many files in a row may be unreadable before there are taken to be no images.
 RETRIES = 100
@@ -74,19 +80,20 @@ class Sample(NamedTuple):
 class Samples(Dataset):
     """A dataset that is asked for (epoch, index), with augmentation that depends on these and the seed alone.
 
-    A file that can't be read is replaced by the one after it.
+    A file that can't be read is replaced by the one after it, whose target is `NONE` where each image counts.
 
     Args:
         dataset: Dataset without a transform.
         transform: What makes a tensor of an image.
         seed: Seed of the run.
+        train: Whether one image is as good as another.
 
     Raises:
         OSError: By ``[]``, if too many files in a row can't be read.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int, train: bool) -> None:
+        self.dataset, self.transform, self.seed, self.train = dataset, transform, seed, train
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -101,6 +108,8 @@ class Samples(Dataset):
             except UNREADABLE as error:
                 unreadable.append(f"{self._name(i)} ({error})")
             else:
+                if unreadable and not self.train:
+                    target = NONE
                 return Sample(self._transformed(image, epoch, i), target, "\n".join(unreadable))
         raise OSError(f"{RETRIES} files in a row can't be read, the last one {unreadable[-1]}")
 
@@ -186,10 +195,12 @@ def open_dataset(name: str, folder: Optional[Path], split: str, train: bool, **o
         **options: Further arguments of ``create_dataset``.
 
     Raises:
-        ValueError: If the folder, or the split in it, is missing or empty.
+        ValueError: If the name is unknown, or the folder, or the split in it, is missing or empty.
     """
     if name == "digits":
         return Digits(train)
+    if name and name.partition("/")[0] not in KINDS:
+        raise ValueError(f"--dataset must be digits or {', '.join(f'{kind}/…' for kind in KINDS)}, got {name}")
     if name == "" and (folder is None or not folder.is_dir()):
         raise ValueError(f"--data-dir must be a folder of images, got {folder}")
     root = folder
@@ -197,7 +208,7 @@ def open_dataset(name: str, folder: Optional[Path], split: str, train: bool, **o
         root = folder / f"{split}.tar"
     try:
         dataset = create_dataset(name, root=root and str(root), split=split, is_training=train, **options)
-    except (RuntimeError, AssertionError, FileNotFoundError) as error:
+    except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
         raise ValueError(f"no {split} images in --data-dir {folder}: {error}") from error
     if name == "" and root == folder and Path(dataset.reader.root) == folder:
         raise ValueError(f"--data-dir {folder} has neither a folder nor a tar file for the split {split!r}")

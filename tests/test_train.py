@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import random
 import resource
@@ -281,7 +282,7 @@ def test_a_signal_at_the_end_of_an_epoch_loses_no_line_of_the_summary(tmp_path: 
     with monkeypatch.context() as context:
         context.setattr(train_imagenet.Run, "log_step", log_and_stop)
         assert run(*options, "--output", tmp_path / "stopped") == train_imagenet.INTERRUPTED
-    assert len(rows(tmp_path / "stopped")) == 1
+    assert checkpoint.read(tmp_path / "stopped" / checkpoint.LAST)[1]["step"] == 11  # saved before it is evaluated
     assert run(*options, "--output", tmp_path / "stopped", "--resume", "auto") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -309,9 +310,11 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path) -> None:
     options = [*DIGITS, "--checkpoint-interval", 4, "--output", tmp_path, "--resume", "auto"]
     assert run(*options, "--epochs", 1) == 0
     before = (tmp_path / checkpoint.LAST).read_bytes()
-    out = finish(start(*options, "--epochs", 2, limit=10_000), status=2)
-    assert "last.safetensors can't be written" in out
-    assert (tmp_path / checkpoint.LAST).read_bytes() == before
+    for _ in range(2):
+        out = finish(start(*options, "--epochs", 2, limit=10_000), status=2)
+        assert "last.safetensors can't be written" in out
+        assert (tmp_path / checkpoint.LAST).read_bytes() == before
+        assert checkpoint.read(tmp_path / checkpoint.PREVIOUS)[1]["step"] < 11 + 1
     assert not [file for file in tmp_path.iterdir() if file.name.endswith(".writing")]
 
 
@@ -331,6 +334,42 @@ def test_unreadable_images_are_counted(tmp_path: Path, capsys, caplog: pytest.Lo
     assert "--max-unreadable 2" in capsys.readouterr().err
 
 
+def test_unreadable_images_are_not_evaluated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write_images(tmp_path / "data")
+    options = ["--data-dir", tmp_path / "data", *MODEL, *QUICK, "--global-batch", 100]
+    assert run(*options, "--epochs", 1, "--output", tmp_path / "run") == 0
+    evaluate = [*options, "--output", tmp_path / "run", "--evaluate"]
+    broken = [tmp_path / "data" / "validation" / name for name in ("3/4.jpg", "3/5.jpg", "9/19.jpg")]
+    contents = [file.read_bytes() for file in broken]
+    for file in broken:
+        file.write_bytes(b"no image")
+    assert run(*evaluate) == 0
+    reported = [record.message for record in caplog.records]
+    assert sorted(line.split()[2] for line in reported if "passed over" in line) == sorted(map(str, broken))
+    for file in broken:
+        file.unlink()
+    caplog.clear()
+    assert run(*evaluate) == 0  # the same as without these files
+    without = [record.message for record in caplog.records if record.message.startswith("as trained: ")]
+    assert [line for line in reported if line.startswith("as trained: ")] == without
+    for file, content in zip(broken, contents):
+        file.write_bytes(content)
+    caplog.clear()
+    assert run(*evaluate) == 0
+    assert [record.message for record in caplog.records if record.message.startswith("as trained: ")] != without
+
+
+def test_an_error_in_a_process_that_reads_images_ends_the_run(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", per_class=5)
+    for file in (tmp_path / "data").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    options = ["--data-dir", tmp_path / "data", *MODEL, *QUICK, "--global-batch", 10, "--workers", 2]
+    out = finish(start(*options, "--epochs", 1, "--output", tmp_path / "run"), status=2)
+    assert out.splitlines()[-1].startswith("train_imagenet.py: ") and "can't be read" in out.splitlines()[-1]
+    assert "Traceback" not in out
+
+
 def test_augmentation_that_pillow_refuses_is_drawn_again() -> None:
     drawn = []
 
@@ -340,10 +379,10 @@ def test_augmentation_that_pillow_refuses_is_drawn_again() -> None:
             raise ValueError("bits must be between or equal to 1 and 8")
         return drawn[-1]
 
-    samples = Samples(Digits(train=False), transform, seed=0)
+    samples = Samples(Digits(train=False), transform, seed=0, train=True)
     image, _, unreadable = samples[0, 5]
     assert image == drawn[2] and unreadable == "" and len(set(drawn)) == 3
-    broken = Samples(Digits(train=False), lambda image: int("no number"), seed=0)
+    broken = Samples(Digits(train=False), lambda image: int("no number"), seed=0, train=True)
     with pytest.raises(ValueError, match="no number"):
         broken[0, 5]
 
@@ -351,7 +390,22 @@ def test_augmentation_that_pillow_refuses_is_drawn_again() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys) -> None:
     assert run(*DIGITS, "--epochs", 2, "--lr", 1e20, "--warmup-epochs", 0, "--output", tmp_path) == 2
     error = capsys.readouterr().err
-    assert "the loss of step" in error and "last.safetensors" in error
+    assert "the loss of step" in error and "there is no good checkpoint" in error
+
+
+def test_a_checkpoint_whose_weights_take_no_step_is_not_named_good(tmp_path: Path, monkeypatch, capsys) -> None:
+    options = [*DIGITS, "--epochs", 2, "--checkpoint-interval", 1, "--output", tmp_path]
+    take_step = train_imagenet.Run.train_step
+
+    def take_three(own: train_imagenet.Run, batches: object, clock: object) -> float:
+        if own.step == 3:
+            own.model.head.fc.weight.data.fill_(float("nan"))
+        return take_step(own, batches, clock)
+
+    monkeypatch.setattr(train_imagenet.Run, "train_step", take_three)
+    assert run(*options) == 2
+    assert checkpoint.read(tmp_path / checkpoint.LAST)[1]["step"] == 3
+    assert f"the last good checkpoint is {tmp_path / checkpoint.PREVIOUS}, of step 2" in capsys.readouterr().err
 
 
 # The same numbers
@@ -426,6 +480,30 @@ def test_the_kernels_are_a_group_of_their_own() -> None:
     assert ratio == pytest.approx(0.5) and seen["stem.0.weight"]["lr_scale"] < 0.8
 
 
+def test_frozen_modules_stay_as_they_are(tmp_path: Path) -> None:
+    args = train_imagenet.parse_args(
+        [*map(str, DIGITS), "--epochs", "1", "--freeze", "stem", "stages.0", "--output", "x"]
+    )
+    own = train_imagenet.Run(args, train_imagenet.Processes(0, 1, torch.device("cpu")))
+    before = {name: value.clone() for name, value in own.model.state_dict().items()}
+    own.args.output = tmp_path
+    own.train()
+    changed = {name for name, value in own.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith(("stem", "stages.0."))} & changed
+    assert {"stages.1.blocks.0.conv_dw.alpha", "head.fc.weight"} < changed
+
+
+def test_another_model_of_timm_keeps_its_classifier(tmp_path: Path) -> None:
+    start_of_scales = QUICK.index("--ls-init")
+    quick = QUICK[:start_of_scales] + QUICK[start_of_scales + 2 :]
+    options = ["--dataset", "digits", "--model", "resnet18", *quick, "--output", tmp_path]
+    assert run(*options, "--epochs", 1, "--layer-decay", 0.9) == 0
+    best = max(float(row[name]) for row in rows(tmp_path) for name in ("top1", "ema_top1"))
+    out = finish(start(*options, "--evaluate"))
+    assert "as trained: " in out and f"top1 {best:.6g}" in out
+    assert float(rows(tmp_path)[0]["lr"]) > 1e-7
+
+
 # Bad input
 
 
@@ -476,6 +554,51 @@ def test_bad_input(change, options: list, words: list[str], tmp_path: Path, monk
     change(tmp_path / "data")
     error = refused([*MODEL, *QUICK, "--global-batch", 4, "--epochs", 1, "--output", "run", *options], capsys)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--global-batch", 125], ["--global-batch 125", "even"]),
+        (["--global-batch", 130, "--batch-size", 65], ["--batch-size 65", "even"]),
+        (["--aa", "foo"], ["--aa", "foo"]),
+        (["--opt", "foo"], ["--opt foo"]),
+        (["--freeze", "nope"], ["--freeze nope", "stages"]),
+        (["--model-kwargs", "dims=(16,24)"], ["mrconvnext_atto"]),
+        (["--finetune", "list.pth"], ["list.pth"]),
+        (["--finetune", "number.pth"], ["number.pth"]),
+        (["--evaluate"], ["best.safetensors"]),
+        (["--dataset", "foo/bar"], ["--dataset", "foo/bar"]),
+    ],
+)
+def test_bad_arguments_leave_no_trace(options: list, words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save([1, 2], "list.pth")
+    torch.save({"model": 5}, "number.pth")
+    error = refused([*DIGITS, "--epochs", 1, "--output", "run", *options], capsys)
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--epochs", 0], ["--global-batch", -4], ["--log-interval", 0], ["--seed", -1], ["--device", "tpu"]]
+    + [["--model-kwargs", "foo"], ["--smoothing", 1.5], ["--scale", 1, 0.5]],
+)
+def test_arguments_out_of_range(options: list, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*DIGITS, "--output", "run", *options)
+    assert options[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_checkpoints_without_arguments_are_not_overwritten(tmp_path: Path, capsys) -> None:
+    assert run(*DIGITS, "--epochs", 1, "--output", tmp_path / "run") == 0
+    (tmp_path / "run" / "args.yaml").unlink()
+    assert "--resume auto" in refused([*DIGITS, "--epochs", 1, "--output", tmp_path / "run"], capsys)
+    other = ["--dataset", "digits", "--model", "convnext_atto", *MODEL[2:], *QUICK]
+    error = refused([*other, "--epochs", 1, "--output", tmp_path / "run", "--resume", "auto"], capsys)
+    assert "--model mrconvnext_atto" in error
+    assert (tmp_path / "run" / "last.safetensors").stat().st_mode == (tmp_path / "run" / "summary.csv").stat().st_mode
 
 
 def keep_one_class(data: Path) -> None:
