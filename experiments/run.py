@@ -48,7 +48,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         with only_one(args.output):
-            return Runner(args).run([row for row in all_rows() if not args.groups or row.group in args.groups])
+            runner = Runner(args)
+            with noting_signals(runner):
+                return runner.run([row for row in all_rows() if not args.groups or row.group in args.groups])
     except (Refused, MissingData) as error:
         print(f"experiments.run: {error}", file=sys.stderr)
         return 2
@@ -88,6 +90,19 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def noting_signals(runner: "Runner") -> Iterator[None]:
+    """Lets SIGTERM and SIGINT stop a runner."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in handlers:
+        signal.signal(number, lambda *_: runner.stop())
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 class Runner:
     """Runs rows and keeps their results."""
 
@@ -111,8 +126,6 @@ class Runner:
         left = [row for row in rows if row.identifier not in there]
         for name in dict.fromkeys(row.data for row in left):
             self.prepare(name)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
         bar = tqdm(total=len(rows), initial=len(rows) - len(left), disable=not sys.stderr.isatty(), unit="row")
         for wave in ([row for row in left if not row.start], [row for row in left if row.start]):
             with ThreadPoolExecutor(self.args.jobs) as pool:

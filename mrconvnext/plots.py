@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grid import lag_map
 from .mrconv import MRConv2d
@@ -183,3 +183,65 @@ def plot_training(rows: list[dict[str, float]]) -> Figure:
         axes.legend()
         axes.grid(alpha=0.3)
     return figure
+
+
+@torch.no_grad()
+def plot_alpha_norms(model: MRConvNeXt) -> Figure:
+    """Returns a picture of the weight of every branch over the depth (Cunningham et al. 2024, figure 3b).
+
+    The weight of a branch is the norm of its α over the channels, divided by that of all branches of its layer.
+
+    Raises:
+        RuntimeError: If the model is deployed, its branches gone.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, MRConv2d)]
+    if any(layer.kernel is not None for layer in layers):
+        raise RuntimeError("the branches of a deployed model are gone: give its training form")
+    branches = max(len(layer.branch_lengths) for layer in layers)
+    shares = torch.full((branches, len(layers)), float("nan"))
+    for depth, layer in enumerate(layers):
+        norms = layer.alpha.float().norm(dim=1)
+        shares[: len(norms), depth] = norms / norms.norm()
+    figure = Figure(figsize=(1.5 + 0.8 * len(layers), 1.2 + 0.5 * branches), layout="constrained")
+    ax = figure.subplots()
+    picture = ax.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for depth, layer in enumerate(layers):
+        for branch, length in enumerate(layer.branch_lengths):
+            colour = "black" if shares[branch, depth] > 0.6 else "white"
+            ax.text(depth, branch, str(length), color=colour, ha="center", va="center", fontsize="x-small")
+    ax.set(xlabel="layer", ylabel="branch, shortest first", xticks=range(len(layers)), yticks=range(branches))
+    ax.set_title("share of α's norm; in the cells the branch's length", fontsize="small")
+    figure.colorbar(picture)
+    return figure
+
+
+def plot_receptive_fields(models: dict[str, nn.Module], images: Tensor) -> Figure:
+    """Returns a picture of what each stage of each model sees: a row a model, a column a stage.
+
+    The effective receptive field (Luo et al. 2016) of the position in the middle of a feature map: the size of the
+    gradient of its features with respect to the pixels, over all channels and images; logarithmic.
+
+    Args:
+        models: Models of timm with ``forward_intermediates``, by the names of their rows; in eval mode.
+        images: Images (B, C, H, W) as the models take them.
+    """
+    columns = max(len(model.feature_info) for model in models.values())
+    figure = Figure(figsize=(2.2 * columns + 0.8, 2.3 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), columns, squeeze=False)
+    for row, (name, model) in zip(axes, models.items()):
+        for stage, ax in enumerate(row):
+            field = _receptive_field(model, images, stage).log10()
+            ax.imshow(field.numpy(), cmap="magma", vmin=-4, vmax=0)
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(f"{name}, stage {stage + 1}", fontsize="x-small")
+    return figure
+
+
+def _receptive_field(model: nn.Module, images: Tensor, stage: int) -> Tensor:
+    """Returns the effective receptive field (H, W) of the middle of a stage's feature map, its largest value 1."""
+    images = images.clone().requires_grad_()
+    (features,) = model.forward_intermediates(images, indices=[stage], intermediates_only=True)
+    height, width = features.shape[2:]
+    (gradient,) = torch.autograd.grad(features[:, :, height // 2, width // 2].abs().sum(), images)
+    field = gradient.abs().sum((0, 1))
+    return (field / field.max()).clamp(min=1e-12)

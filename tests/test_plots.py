@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from helpers import small_model
 from PIL import Image
 
-from mrconvnext.plots import plot_kernels
+from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
 
 
 @pytest.mark.parametrize("options", [dict(), dict(branch_norm="parseval", bidirectional=False, kernel_sizes=0)])
@@ -24,3 +26,27 @@ def test_picture_shows_every_branch_of_a_layer_of_each_stage(options: dict, tmp_
 def test_deployed_model_is_refused() -> None:
     with pytest.raises(RuntimeError, match="branches"):
         plot_kernels(small_model().reparameterize())
+
+
+def test_alpha_norms_are_shares_of_each_layer() -> None:
+    model = small_model()
+    layer = model.stages[1].blocks[0].conv_dw
+    layer.alpha.data.zero_()
+    layer.alpha.data[2] = 1
+    (picture,) = plot_alpha_norms(model).axes[0].images
+    depth = len(model.stages[0].blocks)
+    shares = picture.get_array()
+    assert shares[2, depth] == 1 and shares[:2, depth].sum() == 0
+    assert ((shares**2).sum(0) - 1).max() < 1e-5
+    with pytest.raises(RuntimeError, match="branches"):
+        plot_alpha_norms(small_model().reparameterize())
+
+
+def test_receptive_fields_show_what_a_stage_sees() -> None:
+    """A ConvNeXt's first stage sees as far as its 7×7 taps reach, an MRConvNeXt's all rows."""
+    ours = small_model(img_size=96, branch_norm="parseval").eval()
+    convnext = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), ls_init_value=1.0).eval()
+    figure = plot_receptive_fields({"ConvNeXt": convnext, "ours": ours}, torch.randn(2, 3, 96, 96))
+    panels = {ax.get_title(): ax.images[0].get_array() for ax in figure.axes}
+    assert (panels["ConvNeXt, stage 1"] > -12).sum() == (7 * 4) ** 2
+    assert (panels["ours, stage 1"] > -12).any(1).all()

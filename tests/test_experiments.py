@@ -1,0 +1,165 @@
+"""The runner of the experiments as its users run it, with short rows on digits in place of its own."""
+
+import csv
+import fcntl
+import gzip
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import report, rows, run
+from experiments.data import draw_pathfinder, write_fashion
+
+OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
+OPTIONS += "--global-batch 64 --epochs 2 --workers 0 --mixup 0 --cutmix 0 --log-interval 2 --aa=".split()
+OPTIONS += "--model-ema-decay 0 --warmup-epochs 0.1 --lr 0.01 --no-lr-scaling --ls-init 0.1".split()
+
+
+@pytest.fixture
+def short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
+    first = rows.Row("first", "ConvNeXt", 0, "digits", tuple(OPTIONS))
+    own = [
+        first,
+        rows.Row("first", "fails", 0, "digits", (*OPTIONS, "--opt", "none")),
+        rows.Row("second", "tuned", 0, "digits", tuple(OPTIONS), first.identifier),
+        rows.Row("second", "starts from what failed", 0, "digits", tuple(OPTIONS), "first-fails-0"),
+    ]
+    monkeypatch.setattr(run, "all_rows", lambda: own)
+    monkeypatch.setattr(run, "write", lambda name, folder, fashion_mnist: None)
+    return own
+
+
+def results(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return {line["identifier"]: line for line in csv.DictReader(file)}
+
+
+def test_a_row_that_fails_is_kept_and_the_others_go_on(short_rows: list, tmp_path: Path, capsys) -> None:
+    assert run.main(["--output", str(tmp_path)]) == 1
+    found = results(tmp_path)
+    assert [found[row.identifier]["status"] for row in short_rows] == ["done", "failed", "done", "failed"]
+    assert "--opt none" in found["first-fails-0"]["reason"]
+    assert "first-fails-0" in found["second-starts-from-what-failed-0"]["reason"]
+    assert "first-fails-0" in capsys.readouterr().err
+    done = found[short_rows[0].identifier]
+    assert float(done["top1"]) > 12 and float(done["step_ms"]) > 0 and done["steps"] == str(2 * (1437 // 64))
+    assert done["commit"] and done["hardware"] and "--seed 0" in done["command"]
+    assert float(found[short_rows[2].identifier]["top1"]) > float(done["top1"])
+    before = (tmp_path / "results.csv").read_bytes()
+    run.main(["--output", str(tmp_path)])
+    assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_an_interrupted_row_goes_on(short_rows: list, tmp_path: Path) -> None:
+    options = ["--output", str(tmp_path), "--groups", "first", "--jobs", "1"]
+    log = tmp_path / "runs" / f"{short_rows[0].identifier}.log"
+
+    def interrupt() -> None:
+        while not log.exists() or log.read_text().count(" step ") < 3:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert run.main(options) == 75
+    thread.join()
+    assert not (tmp_path / "results.csv").exists()
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    run.main(options)
+    assert results(tmp_path)[short_rows[0].identifier]["status"] == "done"
+    assert "goes on at step" in log.read_text()
+
+
+def test_a_second_runner_is_refused(short_rows: list, tmp_path: Path, capsys) -> None:
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run.main(["--output", str(tmp_path)]) == 2
+    assert "another runner" in capsys.readouterr().err and not (tmp_path / "results.csv").exists()
+
+
+def test_missing_images_say_how_to_get_them(tmp_path: Path, capsys) -> None:
+    options = ["--output", str(tmp_path), "--fashion-mnist", str(tmp_path / "none")]
+    assert run.main([*options, "--groups", "main"]) == 2
+    error = capsys.readouterr().err
+    assert "dataset-fashion-mnist" in error and "none" in error and error.count("\n") == 1
+    assert not list((tmp_path / "data").glob("fashion*"))
+
+
+def test_rows_differ_in_the_convolution_alone() -> None:
+    own = rows.all_rows()
+    assert len({row.identifier for row in own}) == len(own)
+    shared = {word for word in rows.main_rows()[0].options if word.startswith(("dims", "depths", "patch"))}
+    assert len(shared) == 3 and all(shared <= set(row.options) for row in rows.main_rows())
+    assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == {0, 1, 2}
+    assert all(any(other.identifier == row.start for other in own) for row in own if row.start)
+
+
+def test_fashion_mnist_is_written_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    labels = np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        for name, header, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            with gzip.open(tmp_path / f"{prefix}-{name}-ubyte.gz", "wb") as file:
+                file.write(bytes(header) + values.tobytes())
+    write_fashion(tmp_path, tmp_path / "out", images=4, classes=(0, 2))
+    names = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out" / "train").rglob("*.png"))
+    assert [name.split("/")[1] for name in names] == ["0", "0", "2"]
+    assert len(list((tmp_path / "out" / "validation").rglob("*.png"))) == 4
+    with Image.open(tmp_path / "out" / names[1]) as image:
+        assert np.array_equal(np.asarray(image), pixels[3])
+
+
+def test_drawings_hold_two_curves_and_two_discs() -> None:
+    """With the discs' curve as one piece if they are joined, as two if they are not."""
+    for joined in (False, True):
+        image = draw_pathfinder(64, joined, np.random.default_rng(1))
+        assert image.size == (64, 64) and len(pieces(np.asarray(image) > 60)) == 2
+        same = draw_pathfinder(64, joined, np.random.default_rng(1))
+        assert np.array_equal(np.asarray(image), np.asarray(same))
+    joined, apart = (np.asarray(draw_pathfinder(64, value, np.random.default_rng(1))) for value in (True, False))
+    assert 0 < (joined != apart).sum() < 150  # one disc has moved
+
+
+def pieces(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """Returns the connected pieces of a mask."""
+    left, found = {tuple(place) for place in np.argwhere(mask)}, []
+    while left:
+        stack, own = [left.pop()], set()
+        while stack:
+            y, x = stack.pop()
+            own.add((y, x))
+            near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+            left -= near
+            stack += near
+        found.append(own)
+    return found
+
+
+def test_the_tables_say_what_the_results_say() -> None:
+    lines = [
+        dict(
+            group="main",
+            name=name,
+            seed=str(seed),
+            status="done",
+            top1=str(top1),
+            loss="0.5",
+            parameters="1000",
+            steps="9",
+        )
+        for name, values in (("ConvNeXt", (70, 72)), ("local taps, parseval", (72, 75)))
+        for seed, top1 in enumerate(values)
+    ]
+    lines.append({**lines[0], "name": "fails", "status": "failed"})
+    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines)
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
+    assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |" in text
+    assert "| fails | 0 (1 failed) |" in text
+    assert report.with_tables(text, lines) == text
