@@ -64,7 +64,10 @@ def table(group: str, results: list[dict[str, str]]) -> str:
         f"| model | seeds | top-1, % | less {baseline[1]} | held-out loss | parameters | steps |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(line["name"] for line in results if line["group"] == group):
+    order = [row.identifier for row in all_rows()]
+    own_lines = [line for line in results if line["group"] == group]
+    own_lines.sort(key=lambda line: order.index(line["identifier"]) if line["identifier"] in order else len(order))
+    for name in dict.fromkeys(line["name"] for line in own_lines):
         done = [line for line in results if (line["group"], line["name"], line["status"]) == (group, name, "done")]
         own, other = accuracies[group, name], accuracies[baseline]
         differences = [own[seed] - other[seed] for seed in own if seed in other]

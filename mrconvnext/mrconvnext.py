@@ -67,7 +67,7 @@ class MRConvNeXt(ConvNeXt):
 
     Args:
         kernel: Parameterization of the branches: "fourier_sparse", "fourier", "dilated" or "sparse".
-        branch_norm: "batch", one convolution and BatchNorm for each branch, or "parseval", one convolution in all.
+        branch_norm: "parseval", one convolution in all, or "batch", one convolution and BatchNorm for each branch.
         sync_norm: Whether "parseval" takes its statistics over all processes.
         bidirectional: Whether the branches reach to pixels ahead as well as behind.
         min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
@@ -94,7 +94,7 @@ class MRConvNeXt(ConvNeXt):
         self,
         *,
         kernel: str = "fourier_sparse",
-        branch_norm: str = "batch",
+        branch_norm: str = "parseval",
         sync_norm: bool = False,
         bidirectional: bool = True,
         min_lengths: Optional[Union[int, Sequence[int]]] = None,

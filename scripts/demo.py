@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="passes over the 1,347 images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="largest learning rate (default: %(default)s)")
-    parser.add_argument("--branch-norm", default="batch", help='"batch" or "parseval" (default: %(default)s)')
+    parser.add_argument("--branch-norm", default="parseval", help='"batch" or "parseval" (default: %(default)s)')
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,7 @@ def pieces(mask: np.ndarray) -> list[set[tuple[int, int]]]:
 def test_the_tables_say_what_the_results_say() -> None:
     lines = [
         dict(
+            identifier=f"main-{name}-{seed}",
             group="main",
             name=name,
             seed=str(seed),

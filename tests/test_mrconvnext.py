@@ -58,7 +58,7 @@ def test_unknown_option_is_a_type_error() -> None:
         (dict(img_size="64"), ["img_size", "64"]),
         (dict(min_lengths=(28, 28)), ["min_lengths", "(28, 28)", "4"]),
         (dict(min_lengths=100), ["min_length", "100"]),
-        (dict(sync_norm=True), ["sync_norm", "parseval"]),
+        (dict(branch_norm="batch", sync_norm=True), ["sync_norm", "parseval"]),
         (dict(min_lengths=(28, 28, 28, 9999)), ["min_length", "9999"]),
         (dict(kernel_sizes=(7, 7, 7)), ["kernel_sizes", "(7, 7, 7)", "4"]),
         (dict(kernel_sizes=6), ["kernel_size", "6", "odd"]),
@@ -221,7 +221,7 @@ def test_checkpoint_of_another_image_size_is_refused() -> None:
 
 
 def test_synchronised_batch_norm_folds_too() -> None:
-    model = small_model()
+    model = small_model(branch_norm="batch")
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -317,3 +317,15 @@ def test_bad_images_are_named(features_only: bool, deployed: bool) -> None:
         model(torch.randn(3, 64, 64))
     with pytest.raises(TypeError, match="floating-point.*uint8"):
         model(torch.ones(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_small_images_fit_small_strides() -> None:
+    model = small_model(patch_size=1, img_size=16)
+    assert layers_of(model)[0].reference_grid == (16, 16)
+    x = torch.randn(2, 3, 8, 11)
+    expected = model(x)
+    assert_agree(model.reparameterize()(x), expected)
+    with pytest.raises(ValueError, match="at least 8 pixels"):
+        model(torch.randn(1, 3, 7, 16))
+    with pytest.raises(ValueError, match="img_size.*at least 8"):
+        small_model(patch_size=1, img_size=7)
