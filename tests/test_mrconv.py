@@ -104,7 +104,7 @@ def test_eval_is_the_sum_of_normalised_branches(kernel: str, branch_norm: str) -
 
 def test_batch_norm_training_is_the_papers() -> None:
     """In training every branch is normalised by its own output's statistics over real pixels, guards left out."""
-    layer = layer_2d().double().train()
+    layer = layer_2d(branch_norm="batch").double().train()
     x = torch.randn(4, 3, 9, 11, dtype=torch.float64)
     expected = F.conv2d(x, layer.weight, layer.bias, padding=1, groups=3)
     for i, k in enumerate(layer.branch_kernels()):
@@ -267,7 +267,7 @@ def test_state_dict_of_another_width_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("missing", ["alpha", "norms.0.running_var", "branches"])
+@pytest.mark.parametrize("missing", ["alpha", "norm.running_var", "branches"])
 def test_deployed_layer_refuses_part_of_a_training_form(missing: str, strict: bool) -> None:
     """The rest would stay random, and be folded."""
     layer = MRConv2d(3, (9, 11), kernel_size=3, min_length=28, inference_mode=True)
@@ -391,7 +391,10 @@ def test_cache_of_a_layer_made_in_inference_mode() -> None:
         (lambda: MRConv2d(0, (9, 11)), ["channels", "0"]),
         (lambda: MRConv2d(3, (9, 11.5)), ["grid", "11.5"]),
         (lambda: MRConv2d(3, (9, 11), kernel_size=(3, 3)), ["kernel_size", "(3, 3)"]),
-        (lambda: MRConv2d(3, (9, 11), sync_norm=True), ["sync_norm", "batch", "convert_sync_batchnorm"]),
+        (
+            lambda: MRConv2d(3, (9, 11), branch_norm="batch", sync_norm=True),
+            ["sync_norm", "batch", "convert_sync_batchnorm"],
+        ),
         (lambda: MRConv1d(3, 0), ["length", "0", "at least 1"]),
         (lambda: MRConv1d(3, 49.0), ["length", "49.0", "integer"]),
         (lambda: MRConv1d(3, 49, min_length=7.5), ["min_length", "7.5", "49"]),
