@@ -364,7 +364,7 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
             found = options_of_file(args.finetune, timm.get_pretrained_cfg_value(args.model, "classifier"))
             options["pretrained_cfg_overlay"] = {"file": str(args.finetune), "num_classes": found.pop("num_classes")}
             options = {**found, **options}
-        elif args.img_size and timm.models.is_model_in_modules(args.model, ["mrconvnext"]):
+        if args.img_size and timm.models.is_model_in_modules(args.model, ["mrconvnext"]):
             options.setdefault("img_size", args.img_size)
         model = timm.create_model(args.model, pretrained=args.pretrained or args.finetune is not None, **options)
         model.set_grad_checkpointing(args.grad_checkpointing)

@@ -493,6 +493,22 @@ def test_frozen_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert {"stages.1.blocks.0.conv_dw.alpha", "head.fc.weight"} < changed
 
 
+def test_kernels_are_made_for_the_images_unless_the_weights_have_some(tmp_path: Path) -> None:
+    def grid(file: Path) -> tuple[int, int]:
+        args = train_imagenet.parse_args(
+            [*map(str, DIGITS), "--img-size", "64", "--finetune", str(file), "--output", "x"]
+        )
+        return train_imagenet.make_model(args, 10).stages[0].blocks[0].conv_dw.reference_grid
+
+    options = dict(num_classes=10, depths=(1, 1, 2, 1), dims=(16, 24, 32, 48))
+    save_file(timm.create_model("convnext_atto", **options).state_dict(), tmp_path / "convnext.safetensors")
+    save_file(
+        timm.create_model("mrconvnext_atto", **SMALL_OPTIONS, num_classes=10).state_dict(), tmp_path / "own.safetensors"
+    )
+    assert grid(tmp_path / "convnext.safetensors") == (16, 16)
+    assert grid(tmp_path / "own.safetensors") == (8, 8)
+
+
 def test_another_model_of_timm_keeps_its_classifier(tmp_path: Path) -> None:
     start_of_scales = QUICK.index("--ls-init")
     quick = QUICK[:start_of_scales] + QUICK[start_of_scales + 2 :]
