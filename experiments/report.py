@@ -20,8 +20,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
-from experiments.rows import MODELS, Row, all_rows
-from mrconvnext import MRConvNeXt
+from experiments.rows import Row, all_rows
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
 
 # What the rows of a table are compared to, seed by seed: a group and a name.
@@ -111,11 +110,9 @@ def write_pictures(results: Path, folder: Path) -> None:
         plot_receptive_fields(models, held_out(results / "data" / rows["ConvNeXt"].data, size)).savefig(
             folder / f"{name}-receptive-fields.png", dpi=110
         )
-        for model_name, model in models.items():
-            if isinstance(model, MRConvNeXt):
-                short = f"{name}-{list(MODELS).index(model_name)}"
-                plot_alpha_norms(model).savefig(folder / f"{short}-alpha.png", dpi=110)
-                plot_kernels(model).savefig(folder / f"{short}-kernels.png", dpi=90)
+        if (model := models.get("local taps, parseval")) is not None:
+            plot_alpha_norms(model).savefig(folder / f"{name}-alpha.png", dpi=110)
+            plot_kernels(model).savefig(folder / f"{name}-kernels.png", dpi=90)
 
 
 def load(row: Row, results: Path) -> nn.Module:
