@@ -35,7 +35,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs, accuracy, distribute_bn, freeze
+from timm.utils import ModelEmaV3, ParseKwargs, distribute_bn, freeze
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -523,6 +523,10 @@ class Run:
                 return
             self.finish_epoch(epoch)
 
+    def note_signal(self) -> None:
+        """Lets the run stop after the step that it is at."""
+        self.signalled = True
+
     def train_epoch(self, epoch: int, first: int) -> None:
         """Trains an epoch from a step on, to its end or until a signal."""
         if first and isinstance(self.loaders.train.dataset, IterableDataset):
@@ -652,11 +656,11 @@ class Run:
             with self.autocast():
                 logits = model(self.to_device(images)).double()
             logits, targets = logits[targets != NONE], targets[targets != NONE]
-            count = len(targets)
-            top1, top5 = accuracy(logits, targets, topk=(1, min(5, self.classes)))
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            right = [round(share.item() * count / 100) for share in (top1, top5)]
-            sums += torch.tensor([loss.item(), *right, count], dtype=torch.float64)
+            # Counts, where timm's `accuracy` has shares: of a batch without a readable image there are none.
+            right = logits.topk(min(5, self.classes)).indices == targets[:, None]
+            counts = [right[:, :1].sum().item(), right.sum().item(), len(targets)]
+            sums += torch.tensor([loss.item(), *counts], dtype=torch.float64)
         self.check_unreadable()
         loss, top1, top5, count = self.processes.total(*sums.tolist())
         return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
@@ -675,11 +679,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def noting_signals(run: Run) -> Iterator[None]:
-    """Lets SIGTERM and SIGINT stop a run after the step that it is at."""
+def noting_signals(note: Callable[[], None]) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT do no more than call a function."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in handlers:
-        signal.signal(number, lambda *_: setattr(run, "signalled", True))
+        signal.signal(number, lambda *_: note())
     try:
         yield
     finally:
@@ -825,7 +829,7 @@ def run(args: argparse.Namespace, processes: Processes) -> int:
         f"{own.loaders.steps} steps an epoch of {args.global_batch} images: {processes.count} processes × "
         f"{own.accumulation} batches of {share // own.accumulation}"
     )
-    with noting_signals(own):
+    with noting_signals(own.note_signal):
         own.train()
     if own.stop:
         _logger.info(f"stopped by a signal at step {own.step}; --resume auto goes on")

@@ -67,12 +67,12 @@ def table(group: str, results: list[dict[str, str]]) -> str:
     own_lines = [line for line in results if line["group"] == group]
     own_lines.sort(key=lambda line: order.index(line["identifier"]) if line["identifier"] in order else len(order))
     for name in dict.fromkeys(line["name"] for line in own_lines):
-        done = [line for line in results if (line["group"], line["name"], line["status"]) == (group, name, "done")]
+        done = [line for line in own_lines if (line["name"], line["status"]) == (name, "done")]
         own, other = accuracies[group, name], accuracies[baseline]
         differences = [own[seed] - other[seed] for seed in own if seed in other]
         is_baseline = (group, name) == baseline
         losses = [float(line["loss"]) for line in done]
-        failed = sum(line["status"] == "failed" for line in results if (line["group"], line["name"]) == (group, name))
+        failed = sum((line["name"], line["status"]) == (name, "failed") for line in own_lines)
         cells = [
             name,
             f"{len(done)}" + (f" ({failed} failed)" if failed else ""),

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from experiments.data import MissingData, write
 from experiments.rows import Row, all_rows
+from train_imagenet import INTERRUPTED, Refused, noting_signals
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters")
@@ -49,7 +50,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         with only_one(args.output):
             runner = Runner(args)
-            with noting_signals(runner):
+            with noting_signals(runner.stop):
                 return runner.run([row for row in all_rows() if not args.groups or row.group in args.groups])
     except (Refused, MissingData) as error:
         print(f"experiments.run: {error}", file=sys.stderr)
@@ -75,10 +76,6 @@ def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Refused(Exception):
-    """The runner can't begin; the message says why, in one line."""
-
-
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Holds a folder, so that a second runner is refused."""
@@ -88,19 +85,6 @@ def only_one(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise Refused(f"another runner is at work on {folder / 'results.csv'}") from error
         yield
-
-
-@contextlib.contextmanager
-def noting_signals(runner: "Runner") -> Iterator[None]:
-    """Lets SIGTERM and SIGINT stop a runner."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in handlers:
-        signal.signal(number, lambda *_: runner.stop())
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Runner:
@@ -140,7 +124,7 @@ class Runner:
         failed = [line["identifier"] for line in self.results().values() if line["status"] == "failed"]
         if failed:
             print(f"failed: {', '.join(failed)}; reasons are in {self.file}", file=sys.stderr)
-        return 75 if self.stopped else int(bool(failed))
+        return INTERRUPTED if self.stopped else int(bool(failed))
 
     def results(self) -> dict[str, dict[str, str]]:
         if not self.file.exists():
@@ -224,15 +208,13 @@ def measured(folder: Path, log: Path) -> dict[str, Any]:
 
 
 def times(log: str) -> tuple[float, int]:
-    """Returns the time of a step in ms, over the last stretch without an interruption, and the steps of an epoch."""
+    """Returns the time of a step in ms, over all stretches without an interruption, and the steps of an epoch."""
     found = [[float(value) for value in match.groups()] for match in STEP.finditer(log)]
-    epoch, last, steps, *seconds = found[-1]
-    own = [line for line in found if line[0] == epoch]
-    for before, after in zip(own, own[1:]):
-        if sum(after[3:]) < sum(before[3:]):  # begun anew
-            own = own[own.index(after) :]
-    first = own[0]
-    return 1000 * (sum(seconds) - sum(first[3:])) / (last - first[1]), int(steps)
+    taken = seconds = 0.0
+    for (epoch, step, _, *clock), (next_epoch, next_step, _, *next_clock) in zip(found, found[1:]):
+        if epoch == next_epoch and step < next_step and sum(clock) <= sum(next_clock):
+            taken, seconds = taken + next_step - step, seconds + sum(next_clock) - sum(clock)
+    return 1000 * seconds / taken if taken else float("nan"), int(found[-1][2])
 
 
 def failure(log: Path, status: int) -> dict[str, str]:

@@ -77,8 +77,8 @@ class MRConvNeXt(ConvNeXt):
         taps: Dilated or sparse taps of a kernel.
         alpha_init: Start of the branches' weights. Default: 1 / number of branches. 0 starts as the ConvNeXt that
             the local taps make.
-        img_size: Height and width of the images that the kernels are made for, in pixels. Other sizes
-            run as well.
+        img_size: Height and width of the images that the kernels are made for, in pixels. Other sizes run as
+            well.
         kernel_sizes: Size of the local taps, odd, for all stages or each; 0 for none.
         inference_mode: Whether every layer is deployed from the start.
         device: Device of the parameters.

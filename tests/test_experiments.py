@@ -142,6 +142,14 @@ def pieces(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     return found
 
 
+def test_times_leave_out_interruptions() -> None:
+    line = "epoch {} step {}/40 loss 1.0 lr 1.00e-03 data {}s forward 0.0s backward 0.0s step 0.0s\n"
+    lines = [(0, 20, 2.0), (0, 40, 4.0), (1, 20, 2.0), (1, 30, 0.5), (1, 40, 1.5)]
+    assert run.times("".join(line.format(*values) for values in lines)) == (pytest.approx(100), 40)
+    step_ms, steps = run.times(line.format(1, 40, 0.1))
+    assert step_ms != step_ms and steps == 40  # resumed for its last steps: nothing to tell the time by
+
+
 def test_the_tables_say_what_the_results_say() -> None:
     lines = [
         dict(

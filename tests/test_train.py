@@ -25,7 +25,7 @@ from torch import Tensor
 
 import train_imagenet
 from mrconvnext import checkpoint
-from mrconvnext.data import Digits, Samples
+from mrconvnext.data import NONE, Digits, Samples
 
 SCRIPT = Path(train_imagenet.__file__)
 MODEL = ["--model", "mrconvnext_atto", "--model-kwargs", "depths=(1,1,2,1)", "dims=(16,24,32,48)"]
@@ -358,6 +358,16 @@ def test_unreadable_images_are_not_evaluated(tmp_path: Path, caplog: pytest.LogC
     caplog.clear()
     assert run(*evaluate) == 0
     assert [record.message for record in caplog.records if record.message.startswith("as trained: ")] != without
+
+
+def test_a_batch_of_unreadable_images_counts_for_nothing() -> None:
+    args = train_imagenet.parse_args([*map(str, DIGITS), "--epochs", "1", "--output", "x"])
+    own = train_imagenet.Run(args, train_imagenet.Processes(0, 1, torch.device("cpu")))
+    whole = list(own.loaders.validation)
+    images, targets, _ = whole[0]
+    expected = own.evaluate(own.model)
+    own.loaders = own.loaders._replace(validation=[*whole, (images[:3], torch.full_like(targets[:3], NONE), [""])])
+    assert own.evaluate(own.model) == expected and expected["loss"] > 0
 
 
 def test_an_error_in_a_process_that_reads_images_ends_the_run(tmp_path: Path) -> None:
