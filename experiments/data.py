@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # How far apart two curves must stay and how thick they are, in parts of the image's side.
-CLEARANCE, WIDTH, MARKER = 0.13, 0.04, 0.06
-SHORTEST, LONGEST, STEPS = 0.2, 0.9, 40  # length of a curve, in parts of the side; its points
+CLEARANCE, WIDTH, MARKER = 0.14, 0.05, 0.08
+SHORTEST, LONGEST, STEPS = 0.3, 0.9, 40  # length of a curve, in parts of the side; its points
 SUPERSAMPLING = 4
 
 MISSING = (
@@ -32,7 +32,7 @@ def write(name: str, folder: Path, fashion_mnist: Path) -> None:
     elif name.startswith("fashion-"):
         write_fashion(fashion_mnist, folder, int(name.removeprefix("fashion-")))
     else:
-        write_pathfinder(folder, int(name.removeprefix("pathfinder-")), 20_000)
+        write_pathfinder(folder, int(name.removeprefix("pathfinder-")), 45_000)
 
 
 def write_fashion(source: Path, folder: Path, images: int = 60_000, classes: Iterable[int] = range(10)) -> None:
