@@ -16,9 +16,11 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.utils import make_grid
 
 from experiments.rows import Row, all_rows
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
@@ -26,17 +28,20 @@ from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fiel
 # What the rows of a table are compared to, seed by seed: a group and a name.
 BASELINES = {"changes": ("main", "local taps, parseval"), "equal time": ("main", "ConvNeXt")}
 
+HEADER = ("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch")
+HEADER += ("deployed, images/s",)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--results", type=Path, required=True, help="folder with results.csv, and with runs/ for pictures")
+    add("--results", type=Path, required=True, help="folder with results.csv, speed/, and with runs/ for pictures")
     add("--document", type=Path, required=True, help="Markdown file whose tables are written")
     add("--pictures", type=Path, help="folder for pictures (default: none are made)")
     args = parser.parse_args()
     with open(args.results / "results.csv", newline="") as file:
         results = list(csv.DictReader(file))
-    args.document.write_text(with_tables(args.document.read_text(), results))
+    args.document.write_text(with_tables(args.document.read_text(), results, read_speeds(args.results / "speed")))
     if args.pictures:
         write_pictures(args.results, args.pictures)
 
@@ -44,15 +49,30 @@ def main() -> None:
 # Tables
 
 
-def with_tables(text: str, results: list[dict[str, str]]) -> str:
+Speeds = dict[tuple[str, int, str], float]
+
+
+def read_speeds(folder: Path) -> Speeds:
+    """Returns images/s by model, side of the images and form, as experiments.speed measured them."""
+    speeds = {}
+    for path in folder.rglob("*.csv"):
+        with open(path, newline="") as file:
+            for line in csv.DictReader(file):
+                form = "training" if line["mode"] == "training step" else "running"
+                if line["form"] in ("default", "training form" if form == "training" else "deployed"):
+                    speeds[line["model"], int(line["img_size"]), form] = float(line["images_per_s"])
+    return speeds
+
+
+def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str:
     """Returns a document with its tables made anew."""
     for group in re.findall(r"<!-- (?!end)(.+?) -->", text):
-        block = f"<!-- {group} -->\n{table(group, results)}\n<!-- end -->"
+        block = f"<!-- {group} -->\n{table(group, results, speeds)}\n<!-- end -->"
         text = re.sub(rf"<!-- {re.escape(group)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text
 
 
-def table(group: str, results: list[dict[str, str]]) -> str:
+def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
     """Returns a group's table in Markdown: accuracies, and differences to the baseline at the same seed."""
     accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for line in results:
@@ -60,30 +80,46 @@ def table(group: str, results: list[dict[str, str]]) -> str:
             accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
     baseline = BASELINES.get(group, (group, "ConvNeXt"))
     lines = [
-        f"| model | seeds | top-1, % | less {baseline[1]} | held-out loss | parameters | steps |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(HEADER).format(baseline=baseline[1])} |",
+        f"|{'---|' * len(HEADER)}",
     ]
-    order = [row.identifier for row in all_rows()]
-    own_lines = [line for line in results if line["group"] == group]
-    own_lines.sort(key=lambda line: order.index(line["identifier"]) if line["identifier"] in order else len(order))
-    for name in dict.fromkeys(line["name"] for line in own_lines):
-        done = [line for line in own_lines if (line["name"], line["status"]) == (name, "done")]
+    for name, rows in rows_of(group).items():
+        own_lines = [line for line in results if (line["group"], line["name"]) == (group, name)]
+        done = [line for line in own_lines if line["status"] == "done"]
+        if not own_lines:
+            continue
         own, other = accuracies[group, name], accuracies[baseline]
         differences = [own[seed] - other[seed] for seed in own if seed in other]
-        is_baseline = (group, name) == baseline
-        losses = [float(line["loss"]) for line in done]
-        failed = sum((line["name"], line["status"]) == (name, "failed") for line in own_lines)
+        failed = len(own_lines) - len(done)
         cells = [
             name,
             f"{len(done)}" + (f" ({failed} failed)" if failed else ""),
             spread(list(own.values()), ".2f"),
-            "" if is_baseline else spread(differences, "+.2f"),
-            spread(losses, ".3f"),
+            "" if (group, name) == baseline else spread(differences, "+.2f"),
+            spread([float(line["loss"]) for line in done], ".3f"),
             f"{int(done[0]['parameters']):,}" if done else "",
             done[0]["steps"] if done else "",
+            *(times(rows[0], int(done[0]["steps"]), speeds) if done else ("", "")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rows_of(group: str) -> dict[str, list[Row]]:
+    """Returns a group's rows by name, in their order."""
+    found = defaultdict(list)
+    for row in all_rows():
+        if row.group == group:
+            found[row.name].append(row)
+    return found
+
+
+def times(row: Row, steps: int, speeds: Speeds) -> tuple[str, str]:
+    """Returns the seconds of an epoch and the images/s of the deployed form, where they have been measured."""
+    args = row.arguments
+    training, running = (speeds.get((row.spec, args.img_size, form)) for form in ("training", "running"))
+    images = steps / args.epochs * args.global_batch
+    return f"{images / training:.0f}" if training else "", f"{running:.0f}" if running else ""
 
 
 def spread(values: list[float], form: str) -> str:
@@ -99,17 +135,18 @@ def spread(values: list[float], form: str) -> str:
 
 def write_pictures(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for group, size in (("main", 16), ("pathfinder 64", 64)):
-        rows = {row.name: row for row in all_rows() if row.group == group and row.seed == 0}
+    for group in ("main", "pathfinder 32", "pathfinder 48"):
+        rows = {name: own[0] for name, own in rows_of(group).items()}
         models = {
             name: load(row, results) for name, row in rows.items() if (results / "runs" / row.identifier).is_dir()
         }
         if not models:
             continue
-        name = group.replace(" ", "-")
-        plot_receptive_fields(models, held_out(results / "data" / rows["ConvNeXt"].data, size)).savefig(
-            folder / f"{name}-receptive-fields.png", dpi=110
-        )
+        name, first = group.replace(" ", "-"), rows["ConvNeXt"]
+        images = held_out(results / "data" / first.data, first.arguments.img_size)
+        plot_receptive_fields(models, images).savefig(folder / f"{name}-receptive-fields.png", dpi=110)
+        if group != "main":
+            examples(results / "data" / first.data).save(folder / f"{name}-examples.png")
         if (model := models.get("local taps, parseval")) is not None:
             plot_alpha_norms(model).savefig(folder / f"{name}-alpha.png", dpi=110)
             plot_kernels(model).savefig(folder / f"{name}-kernels.png", dpi=90)
@@ -117,17 +154,19 @@ def write_pictures(results: Path, folder: Path) -> None:
 
 def load(row: Row, results: Path) -> nn.Module:
     """Returns the best model of a row in eval mode."""
-    folder = results / "runs" / row.identifier
+    folder, args = results / "runs" / row.identifier, row.arguments
     if (folder / "trained").is_dir():
         return timm.create_model(f"local-dir:{folder / 'trained'}", pretrained=True).eval()
-    options = dict(depths=(1, 1, 2, 1), dims=(24, 48, 72, 96), num_classes=len(held_out_classes(results, row)))
-    if "patch_size=1" in row.options:
-        options["patch_size"] = 1
-    return timm.create_model("convnext_atto", checkpoint_path=str(folder / "best.safetensors"), **options).eval()
+    classes = len(ImageFolder(str(results / "data" / row.data / "validation")).classes)
+    options = {**args.model_kwargs, "num_classes": classes, "checkpoint_path": str(folder / "best.safetensors")}
+    return timm.create_model(args.model, **options).eval()
 
 
-def held_out_classes(results: Path, row: Row) -> list[str]:
-    return ImageFolder(str(results / "data" / row.data / "validation")).classes
+def examples(folder: Path, count: int = 10, scale: int = 2) -> Image.Image:
+    """Returns held-out images of each class, a line each."""
+    files = [file for own in sorted((folder / "validation").iterdir()) for file in sorted(own.iterdir())[:count]]
+    grid = to_pil_image(make_grid([to_tensor(Image.open(file)) for file in files], nrow=count, pad_value=0.5))
+    return grid.resize((scale * grid.width, scale * grid.height), Image.Resampling.NEAREST)
 
 
 def held_out(folder: Path, size: int, count: int = 64) -> torch.Tensor:

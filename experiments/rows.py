@@ -1,7 +1,10 @@
 """What is run: each row is one call of ``train_imagenet.py``."""
 
+import argparse
 from dataclasses import dataclass
 from typing import Optional
+
+from train_imagenet import parse_args
 
 # Equal for all: a ConvNeXt of four stages, whose first sees the images in full resolution.
 SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)", "patch_size=1")
@@ -63,6 +66,17 @@ class Row:
     def identifier(self) -> str:
         words = "".join(c if c.isalnum() or c == "." else "-" for c in f"{self.group} {self.name}")
         return f"{words}-{self.seed}"
+
+    @property
+    def arguments(self) -> argparse.Namespace:
+        """The script's arguments as it reads them."""
+        return parse_args([*self.options, "--output", self.identifier])
+
+    @property
+    def spec(self) -> str:
+        """The model as ``benchmark_throughput.py`` takes it."""
+        args = self.arguments
+        return ":".join([args.model, *(f"{key}={value}" for key, value in args.model_kwargs.items())])
 
 
 def model(spec: tuple[str, tuple[str, ...]], shape: tuple[str, ...] = SHAPE, *more: str) -> tuple[str, ...]:

@@ -155,11 +155,18 @@ class Runner:
             return None
         folder = self.args.output / "runs" / row.identifier
         folder.parent.mkdir(exist_ok=True)
-        command = self.command(row, folder)
+        command = command_of(row)
         log = folder.with_name(f"{row.identifier}.log")
         with open(log, "a") as file:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / command[1]), *command[2:]],
+                cwd=self.args.output,
+                env=env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             self.processes.add(process)
             if self.stopped:
                 process.send_signal(signal.SIGTERM)
@@ -168,24 +175,20 @@ class Runner:
         if self.stopped and status != 0:
             return None
         result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
-        result |= {
-            "name": row.name,
-            "seed": row.seed,
-            "data": row.data,
-            "command": shlex.join(["python", *command[1:]]),
-        }
+        result |= {"name": row.name, "seed": row.seed, "data": row.data, "command": shlex.join(command)}
         result["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         result |= measured(folder, log) if status == 0 else failure(log, status)
         with self.lock:
             append(self.file, result)
         return result
 
-    def command(self, row: Row, folder: Path) -> list[str]:
-        command = [sys.executable, str(ROOT / "train_imagenet.py"), *row.options, "--seed", str(row.seed)]
-        command += ["--data-dir", str(self.args.output / "data" / row.data)]
-        if row.start:
-            command += ["--finetune", str(self.args.output / "runs" / row.start / "best.safetensors")]
-        return [*command, "--output", str(folder), "--resume", "auto"]
+
+def command_of(row: Row) -> list[str]:
+    """Returns a row's command, whose paths are relative to the folder of the results."""
+    command = ["python", "train_imagenet.py", *row.options, "--seed", str(row.seed), "--data-dir", f"data/{row.data}"]
+    if row.start:
+        command += ["--finetune", f"runs/{row.start}/best.safetensors"]
+    return [*command, "--output", f"runs/{row.identifier}", "--resume", "auto"]
 
 
 def measured(folder: Path, log: Path) -> dict[str, Any]:

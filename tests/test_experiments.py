@@ -167,9 +167,12 @@ def test_the_tables_say_what_the_results_say() -> None:
         for name, values in (("ConvNeXt", (70, 72)), ("local taps, parseval", (72, 75)))
         for seed, top1 in enumerate(values)
     ]
-    lines.append({**lines[0], "name": "fails", "status": "failed"})
-    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines)
+    lines.append({**lines[0], "name": "paper's layer, batch", "status": "failed"})
+    spec = rows.main_rows()[0].spec
+    speeds = {(spec, 16, "training"): 288.0, (spec, 16, "running"): 1234.5, (spec, 32, "running"): 1.0}
+    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds)
     assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
-    assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |" in text
-    assert "| fails | 0 (1 failed) |" in text
-    assert report.with_tables(text, lines) == text
+    assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  | 0.500 ± 0.000 | 1,000 | 9 | 2 | 1234 |" in text
+    assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
+    assert "| paper's layer, batch | 0 (1 failed) |" in text
+    assert report.with_tables(text, lines, speeds) == text
