@@ -2,8 +2,9 @@
 
 import gzip
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -80,29 +81,37 @@ def write_pathfinder(folder: Path, side: int, images: int, seed: int = 0) -> Non
 
 
 def draw_pathfinder(side: int, joined: bool, generator: np.random.Generator) -> Image.Image:
-    """Returns a drawing of two curves, with a disc on an end of one and another on its other end or on the other's."""
-    first, second = _two_curves(generator)
+    """Returns a drawing of two curves and of discs on both ends of one, or on an end of each.
+
+    Where the discs are tells nothing: apart, they lie where a curve's ends were, with new curves from there.
+    """
+    length = generator.uniform(SHORTEST, LONGEST)
+    first, second = _two_curves(length, (None, None), generator)
+    discs = (first[0], first[-1])
+    if not joined:
+        first, second = _two_curves(length, discs, generator)
     scale = side * SUPERSAMPLING
     image = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(image)
     for curve in (first, second):
         draw.line([tuple(point) for point in curve * scale], 255, max(1, round(WIDTH * scale)), joint="curve")
-    for x, y in (first[0] * scale, (first if joined else second)[-1] * scale):
-        radius = MARKER * scale
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    for x, y in discs:
+        box = np.array([x - MARKER, y - MARKER, x + MARKER, y + MARKER]) * scale
+        draw.ellipse(tuple(box), fill=255)
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def _two_curves(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two curves of equal length that do not meet."""
-    length = generator.uniform(SHORTEST, LONGEST)
+def _two_curves(
+    length: float, starts: Sequence[Optional[np.ndarray]], generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two curves that do not meet, from their starts or, where these are None, from anywhere."""
     while True:
-        first, second = _curve(length, generator), _curve(length, generator)
+        first, second = (_curve(length, start, generator) for start in starts)
         if np.linalg.norm(first[:, None] - second, axis=-1).min() > CLEARANCE:
             return first, second
 
 
-def _curve(length: float, generator: np.random.Generator) -> np.ndarray:
+def _curve(length: float, start: Optional[np.ndarray], generator: np.random.Generator) -> np.ndarray:
     """Returns the points (STEPS + 1, 2) of a smooth curve within the unit square that does not meet itself."""
     step = length / STEPS
     along = step * np.abs(np.subtract.outer(range(STEPS + 1), range(STEPS + 1)))
@@ -112,9 +121,11 @@ def _curve(length: float, generator: np.random.Generator) -> np.ndarray:
         moves = np.stack([np.cos(angles), np.sin(angles)], 1) * step
         points = np.concatenate([np.zeros((1, 2)), moves.cumsum(0)])
         room = 1 - 2 * MARKER - np.ptp(points, axis=0)
-        apart = np.linalg.norm(points[:, None] - points, axis=-1)
-        if room.min() > 0 and apart[along > 2 * CLEARANCE].min(initial=1) > CLEARANCE:
-            return points - points.min(0) + MARKER + generator.uniform(0, 1, 2) * room
+        points += start if start is not None else MARKER - points.min(0) + generator.uniform(0, 1, 2) * room
+        if MARKER <= points.min() and points.max() <= 1 - MARKER:
+            apart = np.linalg.norm(points[:, None] - points, axis=-1)
+            if apart[along > 2 * CLEARANCE].min(initial=1) > CLEARANCE:
+                return points
 
 
 def _write(samples: Iterator[tuple[Image.Image, int]], folder: Path) -> None:
