@@ -1,15 +1,16 @@
 """Writes the tables of docs/results.md from the CSVs of the experiments, and the pictures beside it.
 
     python -m experiments.report --results docs/results --document docs/results.md
-    python -m experiments.report --results results --document docs/results.md --pictures docs/results
+    python -m experiments.report --results results --document docs/results.md --publish docs/results
 
-The second form also makes the pictures, for which it needs the runs' weights. Tables stand between lines such as
-``<!-- main -->`` and ``<!-- end -->``; whatever is there is replaced.
+The second form also copies the CSVs and makes the pictures, for which it needs the runs' weights. Tables stand between
+lines such as ``<!-- main -->`` and ``<!-- end -->``; whatever is there is replaced.
 """
 
 import argparse
 import csv
 import re
+import shutil
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +29,8 @@ from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fiel
 # What the rows of a table are compared to, seed by seed: a group and a name.
 BASELINES = {"changes": ("main", "local taps, parseval"), "equal time": ("main", "ConvNeXt")}
 
+BEST = "best.safetensors"  # weights of a run
+
 HEADER = ("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch")
 HEADER += ("deployed, images/s",)
 
@@ -37,13 +40,20 @@ def main() -> None:
     add = parser.add_argument
     add("--results", type=Path, required=True, help="folder with results.csv, speed/, and with runs/ for pictures")
     add("--document", type=Path, required=True, help="Markdown file whose tables are written")
-    add("--pictures", type=Path, help="folder for pictures (default: none are made)")
+    add("--publish", type=Path, help="folder for pictures and copies of the CSVs (default: neither)")
     args = parser.parse_args()
+    for name, path in (("--results", args.results / "results.csv"), ("--document", args.document)):
+        if not path.is_file():
+            parser.error(f"{name}: {path} is missing")
     with open(args.results / "results.csv", newline="") as file:
         results = list(csv.DictReader(file))
     args.document.write_text(with_tables(args.document.read_text(), results, read_speeds(args.results / "speed")))
-    if args.pictures:
-        write_pictures(args.results, args.pictures)
+    if args.publish:
+        for path in (args.results / "results.csv", *(args.results / "speed").rglob("*.csv")):
+            copy = args.publish / path.relative_to(args.results)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        write_pictures(args.results, args.publish)
 
 
 # Tables
@@ -59,7 +69,10 @@ def read_speeds(folder: Path) -> Speeds:
         with open(path, newline="") as file:
             for line in csv.DictReader(file):
                 form = "training" if line["mode"] == "training step" else "running"
-                if line["form"] in ("default", "training form" if form == "training" else "deployed"):
+                if line["images_per_s"] and line["form"] in (
+                    "default",
+                    "training form" if form == "training" else "deployed",
+                ):
                     speeds[line["model"], int(line["img_size"]), form] = float(line["images_per_s"])
     return speeds
 
@@ -137,9 +150,8 @@ def write_pictures(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for group in ("main", "pathfinder 32", "pathfinder 48"):
         rows = {name: own[0] for name, own in rows_of(group).items()}
-        models = {
-            name: load(row, results) for name, row in rows.items() if (results / "runs" / row.identifier).is_dir()
-        }
+        there = {name for name, row in rows.items() if (results / "runs" / row.identifier / BEST).is_file()}
+        models = {name: load(row, results) for name, row in rows.items() if name in there}
         if not models:
             continue
         name, first = group.replace(" ", "-"), rows["ConvNeXt"]
@@ -158,7 +170,7 @@ def load(row: Row, results: Path) -> nn.Module:
     if (folder / "trained").is_dir():
         return timm.create_model(f"local-dir:{folder / 'trained'}", pretrained=True).eval()
     classes = len(ImageFolder(str(results / "data" / row.data / "validation")).classes)
-    options = {**args.model_kwargs, "num_classes": classes, "checkpoint_path": str(folder / "best.safetensors")}
+    options = {**args.model_kwargs, "num_classes": classes, "checkpoint_path": str(folder / BEST)}
     return timm.create_model(args.model, **options).eval()
 
 
@@ -172,7 +184,7 @@ def examples(folder: Path, count: int = 10, scale: int = 2) -> Image.Image:
 def held_out(folder: Path, size: int, count: int = 64) -> torch.Tensor:
     """Returns held-out images (B, 3, size, size), normalized as the models take them."""
     images = ImageFolder(str(folder / "validation"))
-    own = [images[i][0].resize((size, size)) for i in range(0, len(images), max(1, len(images) // count))]
+    own = [images[i * len(images) // count][0].resize((size, size)) for i in range(count)]
     mean = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN)[:, None, None]
     std = torch.tensor(timm.data.IMAGENET_DEFAULT_STD)[:, None, None]
     return (torch.stack([to_tensor(image) for image in own]) - mean) / std

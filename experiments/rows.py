@@ -8,11 +8,11 @@ from train_imagenet import parse_args
 
 # Equal for all: a ConvNeXt of four stages, whose first sees the images in full resolution.
 SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)", "patch_size=1")
-# Wider, and the first stage at a quarter of the side: narrow ones learn nothing of the drawings.
+# Wider, and the stem at half of the side: narrow ones learn nothing of the drawings.
 PATHFINDER_SHAPE = ("depths=(1,1,2,1)", "dims=(64,64,128,128)", "patch_size=2")
-RECIPE = "--global-batch 64 --no-lr-scaling --warmup-epochs 0.1 --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
+RECIPE = "--no-lr-scaling --warmup-epochs 0.1 --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
 RECIPE += "--mixup 0 --cutmix 0 --reprob 0 --workers 0 --log-interval 20 --checkpoint-interval 200 --aa=".split()
-FASHION = "--epochs 1 --lr 4e-3 --scale 0.6 1".split()
+FASHION = "--global-batch 64 --epochs 1 --lr 4e-3 --scale 0.6 1".split()
 
 CONVNEXT = ("convnext_atto", ())
 PAPER = ("mrconvnext_atto", ("branch_norm=batch", "kernel_sizes=0", "bidirectional=False"))
@@ -114,7 +114,7 @@ def change_rows() -> list[Row]:
 def fine_tuning_rows() -> list[Row]:
     """Returns ConvNeXts trained on half of the classes, then tuned on the other half: as they are, and converted."""
     rows = []
-    tuned = "--img-size 16 --epochs 3 --lr 1e-3 --scale 0.6 1".split()
+    tuned = "--img-size 16 --global-batch 64 --epochs 3 --lr 1e-3 --scale 0.6 1".split()
     for seed in range(3):
         first = Row("before fine-tuning", "ConvNeXt", seed, "fashion-first-half", fashion(CONVNEXT))
         rows.append(first)

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,11 +34,11 @@ from tqdm import tqdm
 
 from experiments.data import MissingData, write
 from experiments.rows import Row, all_rows
-from train_imagenet import INTERRUPTED, Refused, noting_signals
+from train_imagenet import INTERRUPTED, Refused, noting_signals, positive
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters")
-COLUMNS += ("steps", "step_ms", "train_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python")
+COLUMNS += ("steps", "step_ms", "train_s", "wall_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python")
 COLUMNS += ("commit", "date", "command")
 
 # A line of the script's log: steps so far, steps of the epoch, and the seconds that they took.
@@ -47,14 +48,20 @@ STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.
 def main(argv: Optional[list[str]] = None) -> int:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in all_rows() if not args.groups or row.group in args.groups]
+    needed = {row.start for row in rows}
+    rows = [row for row in all_rows() if row in rows or row.identifier in needed]
     try:
-        with only_one(args.output):
-            runner = Runner(args)
+        with only_one(args.output) as lock:
+            runner = Runner(args, lock)
+            runner.prepare(rows)
             with noting_signals(runner.stop):
-                return runner.run([row for row in all_rows() if not args.groups or row.group in args.groups])
+                return runner.run(rows)
     except (Refused, MissingData) as error:
         print(f"experiments.run: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
@@ -69,31 +76,33 @@ def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
         nargs="+",
         choices=groups,
         metavar="GROUP",
-        help=f"tables to run: {', '.join(groups)} (default: all)",
+        help=f"tables to run, with the rows that theirs start from: {', '.join(groups)} (default: all)",
     )
     cores = os.cpu_count() or 1
-    add("--jobs", type=int, default=cores, help="rows at once, each on one thread (default: the cores)")
+    add("--jobs", type=positive, default=cores, help="rows at once, each on one thread (default: the cores)")
     return parser.parse_args(argv)
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Holds a folder, so that a second runner is refused."""
+def only_one(folder: Path) -> Iterator[int]:
+    """Holds a folder, so that a second runner is refused, by a file descriptor that may be passed on."""
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise Refused(f"another runner is at work on {folder / 'results.csv'}") from error
-        yield
+            raise Refused(
+                f"another runner, or a row that a killed one left, is at work on {folder / 'results.csv'}"
+            ) from error
+        yield file.fileno()
 
 
 class Runner:
     """Runs rows and keeps their results."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, lock: int) -> None:
         self.args, self.file = args, args.output / "results.csv"
-        self.lock, self.processes, self.stopped = threading.Lock(), set(), False
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        self.folder_lock = lock
+        self.file_lock, self.processes, self.stopped = threading.Lock(), set(), False
         self.fixed = {
             "hardware": processor(),
             "threads": 1,
@@ -101,47 +110,51 @@ class Runner:
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
-            "commit": commit.stdout.strip(),
         }
+
+    def left(self, rows: list[Row]) -> list[Row]:
+        """Returns the rows that have no result."""
+        there = self.results()
+        return [row for row in rows if row.identifier not in there]
+
+    def prepare(self, rows: list[Row]) -> None:
+        """Writes the images that are not there yet; complete, or not at all."""
+        for name in dict.fromkeys(row.data for row in self.left(rows)):
+            folder = self.args.output / "data" / name
+            if folder.is_dir():
+                continue
+            print(f"writing {folder}", flush=True)
+            temporary = folder.with_name(f".{name}.writing")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(name, temporary, self.args.fashion_mnist)
+            temporary.rename(folder)
 
     def run(self, rows: list[Row]) -> int:
         """Runs the rows that have no result, those first that others start from; returns the exit status."""
-        there = self.results()
-        left = [row for row in rows if row.identifier not in there]
-        for name in dict.fromkeys(row.data for row in left):
-            self.prepare(name)
+        left = self.left(rows)
         bar = tqdm(total=len(rows), initial=len(rows) - len(left), disable=not sys.stderr.isatty(), unit="row")
         for wave in ([row for row in left if not row.start], [row for row in left if row.start]):
             with ThreadPoolExecutor(self.args.jobs) as pool:
                 for result in pool.map(self.run_row, wave):
-                    if result is not None:
-                        bar.update()
-                        if bar.disable:
-                            print(
-                                f"{result['identifier']}: {result['status']} {result['top1']} {result['reason']}",
-                                flush=True,
-                            )
-        failed = [line["identifier"] for line in self.results().values() if line["status"] == "failed"]
+                    if result is None:
+                        continue
+                    bar.update()
+                    if bar.disable:
+                        print(f"{result['identifier']}: {result['status']} {result['top1']} {result['reason']}")
+                        sys.stdout.flush()
+        there = self.results()
+        failed = [line["identifier"] for line in there.values() if line["status"] == "failed"]
         if failed:
             print(f"failed: {', '.join(failed)}; reasons are in {self.file}", file=sys.stderr)
-        return INTERRUPTED if self.stopped else int(bool(failed))
+        complete = all(row.identifier in there for row in rows)
+        return INTERRUPTED if self.stopped else int(bool(failed) or not complete)
 
     def results(self) -> dict[str, dict[str, str]]:
         if not self.file.exists():
             return {}
-        with open(self.file, newline="") as file:
+        with self.file_lock, open(self.file, newline="") as file:
             return {line["identifier"]: line for line in csv.DictReader(file)}
-
-    def prepare(self, name: str) -> None:
-        """Writes images that are not there yet; complete, or not at all."""
-        folder = self.args.output / "data" / name
-        if folder.is_dir():
-            return
-        temporary = folder.with_name(f".{name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(name, temporary, self.args.fashion_mnist)
-        temporary.rename(folder)
 
     def stop(self) -> None:
         """Lets the rows that run save and end, and starts no others."""
@@ -150,37 +163,44 @@ class Runner:
             process.send_signal(signal.SIGTERM)
 
     def run_row(self, row: Row) -> Optional[dict[str, Any]]:
-        """Runs a row to its end and adds its result to the file; returns None if it was stopped."""
-        if self.stopped:
+        """Runs a row and adds its result to the file; returns None if it was stopped or has nothing to start from."""
+        if self.stopped or (row.start and self.results().get(row.start, {}).get("status") != "done"):
             return None
         folder = self.args.output / "runs" / row.identifier
         folder.parent.mkdir(exist_ok=True)
-        command = command_of(row)
         log = folder.with_name(f"{row.identifier}.log")
+        begun, before = time.time(), log.stat().st_size if log.exists() else 0
+        code, command = commit(), command_of(row)
+        status = self.train(command, log)
+        if status in (INTERRUPTED, -signal.SIGTERM) or (self.stopped and status != 0):
+            return None
+        result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
+        result |= {"name": row.name, "seed": row.seed, "data": row.data, "command": shlex.join(command)}
+        result |= {"commit": code if code == commit() else f"{code}-changed", "wall_s": round(time.time() - begun)}
+        result["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        result |= measured(folder, log) if status == 0 else failure(log.read_bytes()[before:], status)
+        with self.file_lock:
+            append(self.file, result)
+        return result
+
+    def train(self, command: list[str], log: Path) -> int:
+        """Runs a row's command, its output added to a file, and returns its exit status."""
         with open(log, "a") as file:
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / command[1]), *command[2:]],
                 cwd=self.args.output,
-                env=env,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(self.folder_lock,),  # a row that outlives a killed runner keeps the folder held
             )
             self.processes.add(process)
             if self.stopped:
                 process.send_signal(signal.SIGTERM)
             status = process.wait()
             self.processes.discard(process)
-        if self.stopped and status != 0:
-            return None
-        result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
-        result |= {"name": row.name, "seed": row.seed, "data": row.data, "command": shlex.join(command)}
-        result["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        result |= measured(folder, log) if status == 0 else failure(log, status)
-        with self.lock:
-            append(self.file, result)
-        return result
+        return status
 
 
 def command_of(row: Row) -> list[str]:
@@ -220,19 +240,29 @@ def times(log: str) -> tuple[float, int]:
     return 1000 * seconds / taken if taken else float("nan"), int(found[-1][2])
 
 
-def failure(log: Path, status: int) -> dict[str, str]:
-    """Returns why a row failed: the last line that it wrote."""
-    lines = log.read_text().strip().splitlines() or ["nothing was written"]
+def failure(log: bytes, status: int) -> dict[str, str]:
+    """Returns why a row failed: the signal that killed it, or the last line that it wrote."""
+    if status < 0:
+        return {"status": "failed", "reason": f"killed by {signal.Signals(-status).name}"}
+    lines = log.decode(errors="replace").strip().splitlines() or ["nothing was written"]
     return {"status": "failed", "reason": f"exit status {status}: {lines[-1]}"}
 
 
 def append(file: Path, result: dict[str, Any]) -> None:
-    new = not file.exists()
     with open(file, "a", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS)
-        if new:
+        if opened.tell() == 0:
             writer.writeheader()
         writer.writerow(result)
+
+
+def commit() -> str:
+    """Returns the commit of the code, with "-dirty" if files differ from it; "unknown" outside of a checkout."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def processor() -> str:

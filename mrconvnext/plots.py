@@ -187,9 +187,9 @@ def plot_training(rows: list[dict[str, float]]) -> Figure:
 
 @torch.no_grad()
 def plot_alpha_norms(model: MRConvNeXt) -> Figure:
-    """Returns a picture of the weight of every branch over the depth (Cunningham et al. 2024, figure 3b).
+    """Returns a picture of the weight of every branch over the depth (after Cunningham et al. 2024, figure 3b).
 
-    The weight of a branch is the norm of its α over the channels, divided by that of all branches of its layer.
+    The weight of a branch is the root mean square of its α over the channels; 1 / branches is where α starts.
 
     Raises:
         RuntimeError: If the model is deployed, its branches gone.
@@ -198,19 +198,27 @@ def plot_alpha_norms(model: MRConvNeXt) -> Figure:
     if any(layer.kernel is not None for layer in layers):
         raise RuntimeError("the branches of a deployed model are gone: give its training form")
     branches = max(len(layer.branch_lengths) for layer in layers)
-    shares = torch.full((branches, len(layers)), float("nan"))
+    weights = torch.full((branches, len(layers)), float("nan"))
     for depth, layer in enumerate(layers):
-        norms = layer.alpha.float().norm(dim=1)
-        shares[: len(norms), depth] = norms / norms.norm()
+        weights[: len(layer.alpha), depth] = layer.alpha.float().square().mean(dim=1).sqrt()
     figure = Figure(figsize=(1.5 + 0.8 * len(layers), 1.2 + 0.5 * branches), layout="constrained")
     ax = figure.subplots()
-    picture = ax.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    picture = ax.imshow(weights.numpy(), cmap="Blues", vmin=0, aspect="auto")
     for depth, layer in enumerate(layers):
         for branch, length in enumerate(layer.branch_lengths):
-            colour = "black" if shares[branch, depth] > 0.6 else "white"
-            ax.text(depth, branch, str(length), color=colour, ha="center", va="center", fontsize="x-small")
+            bright = weights[branch, depth] < 0.6 * weights.nan_to_num().max()
+            text = f"{weights[branch, depth]:.2f}\n{length} lags"
+            ax.text(
+                depth,
+                branch,
+                text,
+                color="black" if bright else "white",
+                ha="center",
+                va="center",
+                fontsize="xx-small",
+            )
     ax.set(xlabel="layer", ylabel="branch, shortest first", xticks=range(len(layers)), yticks=range(branches))
-    ax.set_title("share of α's norm; in the cells the branch's length", fontsize="small")
+    ax.set_title("root mean square of α over the channels", fontsize="small")
     figure.colorbar(picture)
     return figure
 
@@ -218,8 +226,8 @@ def plot_alpha_norms(model: MRConvNeXt) -> Figure:
 def plot_receptive_fields(models: dict[str, nn.Module], images: Tensor) -> Figure:
     """Returns a picture of what each stage of each model sees: a row a model, a column a stage.
 
-    The effective receptive field (Luo et al. 2016) of the position in the middle of a feature map: the size of the
-    gradient of its features with respect to the pixels, over all channels and images; logarithmic.
+    The effective receptive field (after Luo et al. 2016) of the position in the middle of a feature map: the size of
+    the gradient of the sum of its features' absolute values with respect to the pixels, over all images; logarithmic.
 
     Args:
         models: Models of timm with ``forward_intermediates``, by the names of their rows; in eval mode.

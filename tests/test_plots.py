@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -28,16 +29,16 @@ def test_deployed_model_is_refused() -> None:
         plot_kernels(small_model().reparameterize())
 
 
-def test_alpha_norms_are_shares_of_each_layer() -> None:
+def test_alpha_norms_show_every_branch_as_it_is() -> None:
     model = small_model()
     layer = model.stages[1].blocks[0].conv_dw
     layer.alpha.data.zero_()
-    layer.alpha.data[2] = 1
+    layer.alpha.data[2] = torch.tensor([3.0, -4.0]).repeat(layer.alpha.shape[1] // 2)
     (picture,) = plot_alpha_norms(model).axes[0].images
-    depth = len(model.stages[0].blocks)
-    shares = picture.get_array()
-    assert shares[2, depth] == 1 and shares[:2, depth].sum() == 0
-    assert ((shares**2).sum(0) - 1).max() < 1e-5
+    weights, depth = picture.get_array(), len(model.stages[0].blocks)
+    assert weights[2, depth] == pytest.approx(12.5**0.5) and weights[:2, depth].sum() == 0
+    first = model.stages[0].blocks[0].conv_dw.alpha
+    assert np.allclose(weights[: len(first), 0], first.detach().square().mean(1).sqrt())
     with pytest.raises(RuntimeError, match="branches"):
         plot_alpha_norms(small_model().reparameterize())
 
