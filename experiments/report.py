@@ -27,7 +27,11 @@ from experiments.rows import Row, all_rows
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
 
 # What the rows of a table are compared to, seed by seed: a group and a name.
-BASELINES = {"changes": ("main", "local taps, parseval"), "equal time": ("main", "ConvNeXt")}
+BASELINES = {
+    "changes": ("main", "local taps, parseval"),
+    "equal time": ("main", "ConvNeXt"),
+    "pathfinder 32, twice the steps": ("pathfinder 32", "local taps, parseval"),
+}
 
 BEST = "best.safetensors"  # weights of a run
 

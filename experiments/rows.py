@@ -130,20 +130,35 @@ def pathfinder_rows() -> list[Row]:
     Each starts from its own weights after a pass over Fashion-MNIST at that size: from scratch none leaves chance.
     """
     rows = []
-    drawings = "--global-batch 32 --epochs 2 --lr 1e-3 --scale 0.99 1 --crop-pct 1 --smoothing 0".split()
     for side, seeds in ((32, 3), (48, 2)):
-        size = ("--img-size", str(side))
         for seed in range(seeds):
             for name, spec in MODELS.items():
-                own = (*model(spec, PATHFINDER_SHAPE), *RECIPE)
-                first = Row(f"before pathfinder {side}", name, seed, "fashion-27000", (*own, *FASHION, *size))
-                options = (*own, *drawings, *size)
-                rows += [
-                    first,
-                    Row(f"pathfinder {side}", name, seed, f"pathfinder-{side}", options, first.identifier),
-                ]
+                options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *FASHION, "--img-size", str(side))
+                first = Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
+                rows += [first, pathfinder_row(f"pathfinder {side}", spec, side, 2, first)]
     return rows
 
 
+def longer_pathfinder_rows() -> list[Row]:
+    """Returns ConvNeXts on the smaller drawings with twice the steps."""
+    firsts = [row for row in pathfinder_rows() if (row.group, row.name) == ("before pathfinder 32", "ConvNeXt")]
+    return [pathfinder_row("pathfinder 32, twice the steps", CONVNEXT, 32, 4, first) for first in firsts]
+
+
+def pathfinder_row(group: str, spec: tuple[str, tuple[str, ...]], side: int, epochs: int, first: Row) -> Row:
+    recipe = (
+        f"--img-size {side} --global-batch 32 --epochs {epochs} --lr 1e-3 --scale 0.99 1 --crop-pct 1 --smoothing 0"
+    )
+    options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *recipe.split())
+    return Row(group, first.name, first.seed, f"pathfinder-{side}", options, first.identifier)
+
+
 def all_rows() -> list[Row]:
-    return [*main_rows(), *fine_tuning_rows(), *pathfinder_rows(), *change_rows(), *equal_time_rows()]
+    return [
+        *main_rows(),
+        *fine_tuning_rows(),
+        *pathfinder_rows(),
+        *longer_pathfinder_rows(),
+        *change_rows(),
+        *equal_time_rows(),
+    ]
