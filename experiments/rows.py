@@ -10,9 +10,9 @@ from train_imagenet import parse_args
 SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)", "patch_size=1")
 # Wider, and the stem at half of the side: narrow ones learn nothing of the drawings.
 PATHFINDER_SHAPE = ("depths=(1,1,2,1)", "dims=(64,64,128,128)", "patch_size=2")
-RECIPE = "--no-lr-scaling --warmup-epochs 0.1 --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
+RECIPE = "--no-lr-scaling --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
 RECIPE += "--mixup 0 --cutmix 0 --reprob 0 --workers 0 --log-interval 20 --checkpoint-interval 200 --aa=".split()
-FASHION = "--global-batch 64 --epochs 1 --lr 4e-3 --scale 0.6 1".split()
+FASHION = "--global-batch 64 --epochs 1 --warmup-epochs 0.1 --lr 4e-3 --scale 0.6 1".split()
 
 CONVNEXT = ("convnext_atto", ())
 PAPER = ("mrconvnext_atto", ("branch_norm=batch", "kernel_sizes=0", "bidirectional=False"))
@@ -114,7 +114,7 @@ def change_rows() -> list[Row]:
 def fine_tuning_rows() -> list[Row]:
     """Returns ConvNeXts trained on half of the classes, then tuned on the other half: as they are, and converted."""
     rows = []
-    tuned = "--img-size 16 --global-batch 64 --epochs 3 --lr 1e-3 --scale 0.6 1".split()
+    tuned = "--img-size 16 --global-batch 64 --epochs 3 --warmup-epochs 0.1 --lr 1e-3 --scale 0.6 1".split()
     for seed in range(3):
         first = Row("before fine-tuning", "ConvNeXt", seed, "fashion-first-half", fashion(CONVNEXT))
         rows.append(first)
@@ -135,21 +135,24 @@ def pathfinder_rows() -> list[Row]:
             for name, spec in MODELS.items():
                 options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *FASHION, "--img-size", str(side))
                 first = Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
-                rows += [first, pathfinder_row(f"pathfinder {side}", spec, side, 2, first)]
+                rows += [first, pathfinder_row(f"pathfinder {side}", first, side)]
     return rows
 
 
-def longer_pathfinder_rows() -> list[Row]:
-    """Returns ConvNeXts on the smaller drawings with twice the steps."""
-    firsts = [row for row in pathfinder_rows() if (row.group, row.name) == ("before pathfinder 32", "ConvNeXt")]
-    return [pathfinder_row("pathfinder 32, twice the steps", CONVNEXT, 32, 4, first) for first in firsts]
+def other_pathfinder_rows() -> list[Row]:
+    """Returns the models on the smaller drawings at twice the learning rate, and ConvNeXts with twice the steps."""
+    firsts = [row for row in pathfinder_rows() if row.group == "before pathfinder 32"]
+    fast = [pathfinder_row("pathfinder 32, rate 1e-3", row, 32, lr="1e-3", warmup="0.1") for row in firsts]
+    longer = [
+        pathfinder_row("pathfinder 32, 4 passes", row, 32, epochs="4") for row in firsts if row.name == "ConvNeXt"
+    ]
+    return [*fast, *longer]
 
 
-def pathfinder_row(group: str, spec: tuple[str, tuple[str, ...]], side: int, epochs: int, first: Row) -> Row:
-    recipe = (
-        f"--img-size {side} --global-batch 32 --epochs {epochs} --lr 1e-3 --scale 0.99 1 --crop-pct 1 --smoothing 0"
-    )
-    options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *recipe.split())
+def pathfinder_row(group: str, first: Row, side: int, lr: str = "5e-4", warmup: str = "0.3", epochs: str = "2") -> Row:
+    recipe = f"--img-size {side} --global-batch 32 --epochs {epochs} --lr {lr} --warmup-epochs {warmup}"
+    recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0"
+    options = (*model(MODELS[first.name], PATHFINDER_SHAPE), *RECIPE, *recipe.split())
     return Row(group, first.name, first.seed, f"pathfinder-{side}", options, first.identifier)
 
 
@@ -158,7 +161,7 @@ def all_rows() -> list[Row]:
         *main_rows(),
         *fine_tuning_rows(),
         *pathfinder_rows(),
-        *longer_pathfinder_rows(),
+        *other_pathfinder_rows(),
         *change_rows(),
         *equal_time_rows(),
     ]
