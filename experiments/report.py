@@ -30,7 +30,7 @@ from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fiel
 BASELINES = {
     "changes": ("main", "local taps, parseval"),
     "equal time": ("main", "ConvNeXt"),
-    "pathfinder 32, 4 passes": ("pathfinder 32", "local taps, parseval"),
+    "pathfinder 32, 6 passes": ("pathfinder 32", "local taps, parseval"),
 }
 
 BEST = "best.safetensors"  # weights of a run

@@ -130,27 +130,25 @@ def pathfinder_rows() -> list[Row]:
     Each starts from its own weights after a pass over Fashion-MNIST at that size: from scratch none leaves chance.
     """
     rows = []
-    for side, seeds in ((32, 3), (48, 1)):
+    for side, seeds, epochs in ((32, 3, 4), (48, 1, 2)):
         for seed in range(seeds):
             for name, spec in MODELS.items():
                 options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *FASHION, "--img-size", str(side))
                 first = Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
-                rows += [first, pathfinder_row(f"pathfinder {side}", first, side)]
+                rows += [first, pathfinder_row(f"pathfinder {side}", first, side, epochs)]
     return rows
 
 
 def other_pathfinder_rows() -> list[Row]:
-    """Returns the models on the smaller drawings at twice the learning rate, and ConvNeXts with twice the steps."""
+    """Returns ConvNeXts on the smaller drawings with more steps, and all models in smaller batches, soon warm."""
     firsts = [row for row in pathfinder_rows() if row.group == "before pathfinder 32"]
-    fast = [pathfinder_row("pathfinder 32, rate 1e-3", row, 32, lr="1e-3", warmup="0.1") for row in firsts]
-    longer = [
-        pathfinder_row("pathfinder 32, 4 passes", row, 32, epochs="4") for row in firsts if row.name == "ConvNeXt"
-    ]
-    return [*fast, *longer]
+    longer = [pathfinder_row("pathfinder 32, 6 passes", row, 32, 6) for row in firsts if row.name == "ConvNeXt"]
+    small = [pathfinder_row("pathfinder 32, batch 32", row, 32, 2, batch=32, warmup=0.1) for row in firsts]
+    return [*longer, *small]
 
 
-def pathfinder_row(group: str, first: Row, side: int, lr: str = "5e-4", warmup: str = "0.3", epochs: str = "2") -> Row:
-    recipe = f"--img-size {side} --global-batch 32 --epochs {epochs} --lr {lr} --warmup-epochs {warmup}"
+def pathfinder_row(group: str, first: Row, side: int, epochs: int, batch: int = 64, warmup: float = 0.5) -> Row:
+    recipe = f"--img-size {side} --global-batch {batch} --epochs {epochs} --lr 1e-3 --warmup-epochs {warmup}"
     recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0"
     options = (*model(MODELS[first.name], PATHFINDER_SHAPE), *RECIPE, *recipe.split())
     return Row(group, first.name, first.seed, f"pathfinder-{side}", options, first.identifier)
