@@ -154,12 +154,12 @@ def test_training_steps(one_process: None, tmp_path: Path) -> None:
 def test_gradient_checkpointing_saves_memory(tmp_path: Path) -> None:
     peaks = []
     for i, options in enumerate(([], ["--grad-checkpointing"])):
-        size = ["--batch-sizes", "48", "--img-sizes", "96", "--rounds", "1", "--steps", "1", "--train"]
+        size = ["--batch-sizes", "128", "--img-sizes", "96", "--rounds", "1", "--steps", "1", "--train"]
         model = "mrconvnext_atto"
         options += ["--reference", model]
         assert benchmark.main(arguments(tmp_path / str(i), *size, *options, models=(model,))) == 0
-        peaks.append(float(rows_of(tmp_path / str(i))[model, "training form", "48"]["memory_mib"]))
-    assert peaks[1] < 0.8 * peaks[0]
+        peaks.append(float(rows_of(tmp_path / str(i))[model, "training form", "128"]["memory_mib"]))
+    assert peaks[1] < 0.85 * peaks[0]
 
 
 def test_autocast_and_channels_last(one_process: None, tmp_path: Path) -> None:
