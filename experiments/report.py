@@ -90,16 +90,16 @@ def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str
 
 
 def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
-    """Returns a group's table in Markdown: accuracies, and differences to the baseline at the same seed."""
+    """Returns a group's table in Markdown: accuracies, and differences to the baseline at the same seed.
+
+    Columns of which nothing is known are left out.
+    """
     accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for line in results:
         if line["status"] == "done":
             accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
     baseline = BASELINES.get(group, (group, "ConvNeXt"))
-    lines = [
-        f"| {' | '.join(HEADER).format(baseline=baseline[1])} |",
-        f"|{'---|' * len(HEADER)}",
-    ]
+    lines = []
     for name, rows in rows_of(group).items():
         own_lines = [line for line in results if (line["group"], line["name"]) == (group, name)]
         done = [line for line in own_lines if line["status"] == "done"]
@@ -118,8 +118,10 @@ def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
             done[0]["steps"] if done else "",
             *(times(rows[0], int(done[0]["steps"]), speeds) if done else ("", "")),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    columns = [i for i, name in enumerate(HEADER) if i == 0 or any(cells[i] for cells in lines)]
+    lines = [[name.format(baseline=baseline[1]) for name in HEADER], ["---"] * len(HEADER), *lines]
+    return "\n".join(f"| {' | '.join(cells[i] for i in columns)} |" for cells in lines)
 
 
 def rows_of(group: str) -> dict[str, list[Row]]:
