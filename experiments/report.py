@@ -63,21 +63,20 @@ def main() -> None:
 # Tables
 
 
-Speeds = dict[tuple[str, int, str], float]
+FORMS = {"training": "training form", "running": "deployed"}  # of an MRConvNeXt, as benchmark_throughput.py has them
+Speeds = dict[tuple[str, int, int, str], float]
 
 
 def read_speeds(folder: Path) -> Speeds:
-    """Returns images/s by model, side of the images and form, as experiments.speed measured them."""
+    """Returns images/s by model, side of the images, batch and form, as experiments.speed measured them."""
     speeds = {}
     for path in folder.rglob("*.csv"):
         with open(path, newline="") as file:
             for line in csv.DictReader(file):
                 form = "training" if line["mode"] == "training step" else "running"
-                if line["images_per_s"] and line["form"] in (
-                    "default",
-                    "training form" if form == "training" else "deployed",
-                ):
-                    speeds[line["model"], int(line["img_size"]), form] = float(line["images_per_s"])
+                if line["images_per_s"] and line["form"] in ("default", FORMS[form]):
+                    key = (line["model"], int(line["img_size"]), int(line["batch_size"]), form)
+                    speeds[key] = float(line["images_per_s"])
     return speeds
 
 
@@ -136,7 +135,9 @@ def rows_of(group: str) -> dict[str, list[Row]]:
 def times(row: Row, steps: int, speeds: Speeds) -> tuple[str, str]:
     """Returns the seconds of an epoch and the images/s of the deployed form, where they have been measured."""
     args = row.arguments
-    training, running = (speeds.get((row.spec, args.img_size, form)) for form in ("training", "running"))
+    training, running = (
+        speeds.get((row.spec, args.img_size, args.global_batch, form)) for form in ("training", "running")
+    )
     images = steps / args.epochs * args.global_batch
     return f"{images / training:.0f}" if training else "", f"{running:.0f}" if running else ""
 

@@ -215,7 +215,7 @@ def test_the_tables_say_what_the_results_say() -> None:
     ]
     lines.append({**lines[0], "name": "paper's layer, batch", "status": "failed"})
     spec = rows.main_rows()[0].spec
-    speeds = {(spec, 16, "training"): 288.0, (spec, 16, "running"): 1234.5, (spec, 32, "running"): 1.0}
+    speeds = {(spec, 16, 64, "training"): 288.0, (spec, 16, 64, "running"): 1234.5, (spec, 16, 32, "running"): 1.0}
     text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds)
     assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
     assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  | 0.500 ± 0.000 | 1,000 | 9 | 2 | 1234 |" in text
