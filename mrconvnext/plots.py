@@ -1,5 +1,6 @@
 """Pictures of what the layers hold and of what they cost. Needs matplotlib: ``pip install "mrconvnext[plots]"``."""
 
+import textwrap
 from typing import Any
 
 import torch
@@ -83,8 +84,8 @@ def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str) -> None:
 
 def plot_throughput(rows: list[dict[str, Any]]) -> Figure:
     """Returns a picture of the images per second of every row, a panel for each batch and image size."""
-    longest = max(len(group) for group in _groups(rows, "batch_size", "img_size"))
-    figure, panels = _panels(rows, "batch_size", "img_size", height=0.9 + 0.28 * longest)
+    lines = max(sum(1 + _label(row).count("\n") for row in group) for group in _groups(rows, "batch_size", "img_size"))
+    figure, panels = _panels(rows, "batch_size", "img_size", height=0.9 + 0.28 * lines)
     for ax, group in panels:
         bars = ax.barh(range(len(group)), [row["images_per_s"] for row in group], color=[_colour(row) for row in group])
         ax.bar_label(bars, fmt="{:,.1f}", padding=3, fontsize="x-small")
@@ -151,7 +152,8 @@ def _panels(
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['model']} ({row['form']})"
+    """Returns a row's name, in several lines where a model has many options: they would leave no room for the rest."""
+    return textwrap.fill(f"{row['model'].replace(':', ': ')} ({row['form']})", 50)
 
 
 def _is_ours(row: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import torch
 from helpers import small_model
 from PIL import Image
 
-from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
+from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields, plot_throughput
 
 
 @pytest.mark.parametrize("options", [dict(), dict(branch_norm="parseval", bidirectional=False, kernel_sizes=0)])
@@ -51,3 +51,15 @@ def test_receptive_fields_show_what_a_stage_sees() -> None:
     panels = {ax.get_title(): ax.images[0].get_array() for ax in figure.axes}
     assert (panels["ConvNeXt, stage 1"] > -12).sum() == (7 * 4) ** 2
     assert (panels["ours, stage 1"] > -12).any(1).all()
+
+
+def test_throughput_of_models_with_many_options_has_room_for_its_bars() -> None:
+    options = ":depths=(1, 1, 2, 1):dims=(64, 64, 128, 128):patch_size=2:branch_norm=batch:kernel_sizes=0"
+    models = ["convnext_atto", f"mrconvnext_atto{options}:bidirectional=False"]
+    row = dict(form="training form", batch_size=1, img_size=32, images_per_s=3.5)
+    figure = plot_throughput([dict(row, model=model) for model in models])
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_position().width > 0.4
+    tops = [label.get_window_extent() for label in ax.get_yticklabels()]
+    assert tops[0].y0 > tops[1].y1  # the labels do not touch
