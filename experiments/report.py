@@ -89,7 +89,7 @@ def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str
 
 
 def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
-    """Returns a group's table in Markdown: accuracies, and differences to the baseline at the same seed.
+    """Returns a group's table in Markdown: accuracies, and differences to the baseline, its first line, seed by seed.
 
     Columns of which nothing is known are left out.
     """
@@ -98,24 +98,25 @@ def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
         if line["status"] == "done":
             accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
     baseline = BASELINES.get(group, (group, "ConvNeXt"))
+    shown = {key: row for key, row in first_rows().items() if key[0] == group or key == baseline}
     lines = []
-    for name, rows in rows_of(group).items():
-        own_lines = [line for line in results if (line["group"], line["name"]) == (group, name)]
+    for key, row in sorted(shown.items(), key=lambda item: item[0] != baseline):
+        own_lines = [line for line in results if (line["group"], line["name"]) == key]
         done = [line for line in own_lines if line["status"] == "done"]
         if not own_lines:
             continue
-        own, other = accuracies[group, name], accuracies[baseline]
+        own, other = accuracies[key], accuracies[baseline]
         differences = [own[seed] - other[seed] for seed in own if seed in other]
         failed = len(own_lines) - len(done)
         cells = [
-            name,
+            key[1],
             f"{len(done)}" + (f" ({failed} failed)" if failed else ""),
             spread(list(own.values()), ".2f"),
-            "" if (group, name) == baseline else spread(differences, "+.2f"),
+            "" if key == baseline else spread(differences, "+.2f"),
             spread([float(line["loss"]) for line in done], ".3f"),
             f"{int(done[0]['parameters']):,}" if done else "",
             done[0]["steps"] if done else "",
-            *(times(rows[0], int(done[0]["steps"]), speeds) if done else ("", "")),
+            *(times(row, int(done[0]["steps"]), speeds) if done else ("", "")),
         ]
         lines.append(cells)
     columns = [i for i, name in enumerate(HEADER) if i == 0 or any(cells[i] for cells in lines)]
@@ -123,12 +124,11 @@ def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
     return "\n".join(f"| {' | '.join(cells[i] for i in columns)} |" for cells in lines)
 
 
-def rows_of(group: str) -> dict[str, list[Row]]:
-    """Returns a group's rows by name, in their order."""
-    found = defaultdict(list)
+def first_rows() -> dict[tuple[str, str], Row]:
+    """Returns the row of the first seed, by group and name, in their order."""
+    found: dict[tuple[str, str], Row] = {}
     for row in all_rows():
-        if row.group == group:
-            found[row.name].append(row)
+        found.setdefault((row.group, row.name), row)
     return found
 
 
@@ -156,7 +156,7 @@ def spread(values: list[float], form: str) -> str:
 def write_pictures(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for group in ("main", "pathfinder 32", "pathfinder 48"):
-        rows = {name: own[0] for name, own in rows_of(group).items()}
+        rows = {name: row for (own, name), row in first_rows().items() if own == group}
         there = {name for name, row in rows.items() if (results / "runs" / row.identifier / BEST).is_file()}
         models = {name: load(row, results) for name, row in rows.items() if name in there}
         if not models:

@@ -6,6 +6,7 @@ Nothing else should run meanwhile. The tables of experiments.report take their t
 """
 
 import argparse
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -24,13 +25,14 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         with only_one(args.output):
-            return measure(args.output, args.rounds)
+            os.chdir(args.output)  # what is written names paths relative to it
+            return measure(args.rounds)
     except Refused as error:
         print(f"experiments.speed: {error}", file=sys.stderr)
         return 2
 
 
-def measure(output: Path, rounds: int) -> int:
+def measure(rounds: int) -> int:
     """Measures the models of each size in turns, and returns the exit status."""
     rows = [row for row in (*main_rows(), *pathfinder_rows()) if row.seed == 0 and not row.group.startswith("before")]
     for _, own in groupby(rows, lambda row: row.group):
@@ -40,7 +42,7 @@ def measure(output: Path, rounds: int) -> int:
         command = ["--models", *(row.spec for row in models.values()), "--reference", first.spec, "--threads", "1"]
         command += ["--img-sizes", str(size), "--batch-sizes", str(batch), "--rounds", str(rounds)]
         for name, more in (("deployed", ()), ("training", ("--train",))):
-            folder = output / "speed" / f"{name}-{size}"
+            folder = Path("speed") / f"{name}-{size}"
             if status := benchmark_throughput.main([*command, *more, "--output", str(folder)]):
                 return status
     return 0

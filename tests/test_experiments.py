@@ -222,3 +222,22 @@ def test_the_tables_say_what_the_results_say() -> None:
     assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
     assert report.with_tables(text, lines, speeds) == text
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_published_tables_are_those_of_the_published_results() -> None:
+    with open(DOCS / "results" / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    text = (DOCS / "results.md").read_text()
+    assert text.count("<!-- end -->") == 7
+    assert report.with_tables(text, lines, report.read_speeds(DOCS / "results" / "speed")) == text
+
+
+def test_rows_at_equal_time_take_as_long_as_convnext() -> None:
+    speeds = report.read_speeds(DOCS / "results" / "speed")
+    seconds = 60_000 / speeds[rows.main_rows()[0].spec, 16, 64, "training"]
+    for row in rows.equal_time_rows():
+        images = int(row.data.removeprefix("fashion-"))
+        assert images / speeds[row.spec, 16, 64, "training"] == pytest.approx(seconds, rel=0.03), row.name
