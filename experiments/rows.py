@@ -141,11 +141,14 @@ def pathfinder_rows() -> list[Row]:
 
 
 def other_pathfinder_rows() -> list[Row]:
-    """Returns ConvNeXts on the smaller drawings with more steps, and all models in smaller batches, soon warm."""
+    """Returns the models that go on from the smaller drawings to the larger; ConvNeXts on the smaller ones with more
+    steps; and all models in smaller batches, soon warm."""
     firsts = [row for row in pathfinder_rows() if row.group == "before pathfinder 32"]
+    trained = [row for row in pathfinder_rows() if row.group == "pathfinder 32"]
+    larger = [pathfinder_row("pathfinder 48, from 32", row, 48, 1) for row in trained]
     longer = [pathfinder_row("pathfinder 32, 6 passes", row, 32, 6) for row in firsts if row.name == "ConvNeXt"]
     small = [pathfinder_row("pathfinder 32, batch 32", row, 32, 2, batch=32, warmup=0.1) for row in firsts]
-    return [*longer, *small]
+    return [*larger, *longer, *small]
 
 
 def pathfinder_row(group: str, first: Row, side: int, epochs: int, batch: int = 64, warmup: float = 0.5) -> Row:

@@ -48,15 +48,13 @@ STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.
 def main(argv: Optional[list[str]] = None) -> int:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in all_rows() if not args.groups or row.group in args.groups]
-    needed = {row.start for row in rows}
-    rows = [row for row in all_rows() if row in rows or row.identifier in needed]
+    waves = in_waves([row for row in all_rows() if not args.groups or row.group in args.groups])
     try:
         with only_one(args.output) as lock:
             runner = Runner(args, lock)
-            runner.prepare(rows)
+            runner.prepare(sum(waves, []))
             with noting_signals(runner.stop):
-                return runner.run(rows)
+                return runner.run(waves)
     except (Refused, MissingData) as error:
         print(f"experiments.run: {error}", file=sys.stderr)
         return 2
@@ -81,6 +79,15 @@ def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     cores = os.cpu_count() or 1
     add("--jobs", type=positive, default=cores, help="rows at once, each on one thread (default: the cores)")
     return parser.parse_args(argv)
+
+
+def in_waves(rows: list[Row]) -> list[list[Row]]:
+    """Returns rows and all those that they start from, in waves of which each needs none but those before it."""
+    waves = [rows]
+    while starts := {row.start for row in waves[0] if row.start}:
+        waves.insert(0, [row for row in all_rows() if row.identifier in starts])
+    first = {row.identifier: i for i, wave in reversed(list(enumerate(waves))) for row in wave}
+    return [[row for row in wave if first[row.identifier] == i] for i, wave in enumerate(waves)]
 
 
 @contextlib.contextmanager
@@ -130,13 +137,14 @@ class Runner:
             write(name, temporary, self.args.fashion_mnist)
             temporary.rename(folder)
 
-    def run(self, rows: list[Row]) -> int:
-        """Runs the rows that have no result, those first that others start from; returns the exit status."""
-        left = self.left(rows)
-        bar = tqdm(total=len(rows), initial=len(rows) - len(left), disable=not sys.stderr.isatty(), unit="row")
-        for wave in ([row for row in left if not row.start], [row for row in left if row.start]):
+    def run(self, waves: list[list[Row]]) -> int:
+        """Runs the rows that have no result, wave by wave; returns the exit status."""
+        rows = sum(waves, [])
+        initial = len(rows) - len(self.left(rows))
+        bar = tqdm(total=len(rows), initial=initial, disable=not sys.stderr.isatty(), unit="row")
+        for wave in waves:
             with ThreadPoolExecutor(self.args.jobs) as pool:
-                for result in pool.map(self.run_row, wave):
+                for result in pool.map(self.run_row, self.left(wave)):
                     if result is None:
                         continue
                     bar.update()

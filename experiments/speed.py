@@ -10,6 +10,7 @@ import os
 import sys
 from itertools import groupby
 from pathlib import Path
+from typing import Optional
 
 import benchmark_throughput
 from experiments.rows import main_rows, pathfinder_rows
@@ -17,11 +18,11 @@ from experiments.run import only_one
 from train_imagenet import Refused, positive
 
 
-def main() -> int:
+def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each model (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         with only_one(args.output):

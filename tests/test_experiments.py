@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from experiments import report, rows, run
+from experiments import report, rows, run, speed
 from experiments.data import draw_pathfinder, write_fashion
 
 OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
@@ -115,6 +115,14 @@ def test_a_second_runner_is_refused(short_rows: list, tmp_path: Path, capsys) ->
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run.main(["--output", str(tmp_path)]) == 2
     assert "another runner" in capsys.readouterr().err and not (tmp_path / "results.csv").exists()
+
+
+def test_what_others_start_from_runs_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (
+        rows.Row(name, "", 0, "digits", (), start) for name, start in zip("abc", (None, "a--0", "b--0"))
+    )
+    monkeypatch.setattr(run, "all_rows", lambda: [third, second, first])
+    assert run.in_waves([third]) == run.in_waves([third, second, first]) == [[first], [second], [third]]
 
 
 def test_missing_images_say_how_to_get_them(tmp_path: Path, capsys) -> None:
@@ -222,6 +230,17 @@ def test_the_tables_say_what_the_results_say() -> None:
     assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
     assert report.with_tables(text, lines, speeds) == text
+
+
+def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [row for row in rows.main_rows() if row.name in ("ConvNeXt", "local taps, parseval")]
+    monkeypatch.setattr(speed, "main_rows", lambda: own)
+    monkeypatch.setattr(speed, "pathfinder_rows", lambda: [])
+    assert speed.main(["--output", "out", "--rounds", "1"]) == 0
+    speeds = report.read_speeds(tmp_path / "out" / "speed")
+    assert set(speeds) == {(row.spec, 16, 64, form) for row in own for form in ("training", "running")}
+    assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "out").rglob("*.csv"))
 
 
 DOCS = Path(__file__).parent.parent / "docs"
