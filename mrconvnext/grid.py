@@ -6,11 +6,12 @@ Rows are laid out one after the other, each followed by ``guard`` columns of zer
 (rows, stride), its rows ``stride`` lags long and centred on column 0.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels import at_least_float32
-from .longconv import convolve_spectrum, crop_lags, fft_length, long_conv
+from .longconv import autocorrelation, convolve_spectrum, crop_lags, fft_length, long_conv, spectrum
 
 
 def to_sequence(x: Tensor, guard: int) -> Tensor:
@@ -89,6 +90,48 @@ def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
     """Returns the kernel of k×k taps (C, 1, k, k) for images like ``x``."""
     stride = x.shape[3] + guard
     return crop_lags(local_kernel(at_least_float32(weight), dilation, stride), x.shape[2] * stride)
+
+
+def weighted_by_pairs(kernels: list[Tensor], x: Tensor, guard: int) -> list[Tensor]:
+    """Returns kernels for images like ``x``, each lag times the root of the share of pixels that have a pixel there.
+
+    With white noise on the pixels a weighted kernel's full convolution has the energy that the kernel's own has on the
+    pixels: the square at a lag counts once for each pair of pixels that far apart.
+    """
+    image = torch.ones((1, 1, x.shape[2], x.shape[3]), dtype=torch.float64, device=x.device)
+    n, length = image_fft_length(x, guard), x.shape[2] * (x.shape[3] + guard)
+    pairs = autocorrelation(spectrum(to_sequence(image, guard), n), n, length)[0].round()
+    root = (torch.cat([pairs[1:].flip(0), pairs]) / pairs[0]).sqrt().to(kernels[0].dtype)
+    return [kernel * crop_lags(root, kernel.shape[-1] // 2 + 1) for kernel in kernels]
+
+
+def responses_to_ones(kernels: list[Tensor], x: Tensor, guard: int) -> tuple[Tensor, Tensor]:
+    """Returns variance and mean over the pixels, (kernels, C), of what kernels make of an image of ones.
+
+    Args:
+        kernels: Two-sided kernels (C, 2·M − 1), placed for images like ``x``.
+        x: Images (B, C, H, W).
+        guard: Columns of zeros between rows.
+    """
+    variances: list[Tensor] = []
+    means: list[Tensor] = []
+    for kernel in kernels:
+        variance, mean = torch.var_mean(_response_to_ones(kernel, x, guard), dim=[1, 2], unbiased=False)
+        variances.append(variance)
+        means.append(mean)
+    return torch.stack(variances), torch.stack(means)
+
+
+def _response_to_ones(kernel: Tensor, x: Tensor, guard: int) -> Tensor:
+    """Returns what a kernel makes of an image of ones, (C, H, W): sums of W lags, and of H rows of those."""
+    height, width = x.shape[2], x.shape[3]
+    stride = width + guard
+    kernel = crop_lags(kernel, height * stride - guard)
+    before = height * stride - guard - 1 - kernel.shape[-1] // 2
+    sums = F.pad(kernel, (before + 1, before)).cumsum(-1)  # one more before the first: nothing
+    rows = F.pad(sums[:, width:] - sums[:, :-width], (0, guard)).unflatten(-1, (2 * height - 1, stride))[..., :width]
+    sums = F.pad(rows, (0, 0, 1, 0)).cumsum(1)
+    return sums[:, height:] - sums[:, :-height]
 
 
 def image_fft_length(x: Tensor, guard: int) -> int:

@@ -272,8 +272,3 @@ def add_kernels(a: Tensor, b: Tensor) -> Tensor:
     if grow >= 0:
         return F.pad(a, (grow, grow)) + b
     return a + F.pad(b, (-grow, -grow))
-
-
-def kernel_sums(kernels: list[Tensor]) -> Tensor:
-    """Returns the sum over the lags of every kernel (C, …), what it makes of a constant 1, (kernels, C)."""
-    return torch.stack([kernel.sum(-1) for kernel in kernels])

@@ -23,7 +23,9 @@ from .grid import (
     long_conv_image,
     place_kernel,
     place_taps,
+    responses_to_ones,
     to_sequence,
+    weighted_by_pairs,
 )
 from .imageconv import (
     AdaptiveConvolution,
@@ -31,7 +33,7 @@ from .imageconv import (
     convolve_deployed,
     convolve_for_onnx,
 )
-from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, kernel_sums, merge_kernels
+from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, merge_kernels
 from .longconv import autocorrelation, branch_energies, spectrum
 
 BRANCH_NORMS = ("batch", "parseval")
@@ -48,13 +50,14 @@ for _name in (
     "channel_sums",
     "convolve_image",
     "image_fft_length",
-    "kernel_sums",
     "long_conv_image",
     "merge_kernels",
     "place_kernel",
     "place_taps",
+    "responses_to_ones",
     "spectrum",
     "to_sequence",
+    "weighted_by_pairs",
 ):
     torch.fx.wrap(_name)
 
@@ -139,10 +142,12 @@ def _track_statistics(
 class ParsevalNorm(nn.Module):
     """Normalises the branches of a layer by statistics that are known before any branch is convolved.
 
-    The variance of a branch is the one that its kernel would give a stationary signal with the batch's
-    autocovariance: by Parseval's theorem a product of spectra, summed. So the branches' scales are known while they
-    are still kernels, and all of them merge into one convolution in training too. Parameters, running statistics
-    and momentum are those of ``nn.BatchNorm1d``, for all branches at once.
+    A branch's input is the mean of its channel on all pixels, zero beyond, and what deviates from it. Of the former
+    mean and variance over the pixels are known exactly. Of the latter the variance is the one that the kernel would
+    give a stationary signal with the batch's autocovariance, a lag of the kernel counting as often as pixels have a
+    pixel there: by Parseval's theorem a product of spectra, summed. So the branches' scales are known while they are
+    still kernels, and all of them merge into one convolution in training too. Parameters, running statistics and
+    momentum are those of ``nn.BatchNorm1d``, for all branches at once.
 
     Args:
         branches: Number of branches N.
@@ -501,9 +506,10 @@ class MRConv2d(DropsDerived):
             count: Number of pixels (0-dimensional).
         """
         kernels = self._placed_kernels(x)
-        energies = branch_energies(correlation, kernels)
-        variance = sum_over_processes(energies, self.sync_norm) / count
-        gain, shift = self.norm(mean * kernel_sums(kernels), variance, count)
+        energies = branch_energies(correlation, weighted_by_pairs(kernels, x, self.guard))
+        variance, response = responses_to_ones(kernels, x, self.guard)
+        variance = sum_over_processes(energies, self.sync_norm) / count + mean.square() * variance
+        gain, shift = self.norm(mean * response, variance, count)
         return self._merge(kernels, gain, shift, x)
 
     def _merge_with(self, parameters: list[Tensor], *statistics: Tensor) -> tuple[Tensor, Tensor]:

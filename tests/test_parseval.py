@@ -13,7 +13,7 @@ from helpers import assert_agree, randomize
 from torch import Tensor
 
 from mrconvnext import MRConv2d, long_conv_reference
-from mrconvnext.grid import to_image, to_sequence
+from mrconvnext.grid import responses_to_ones, to_image, to_sequence, weighted_by_pairs
 from mrconvnext.longconv import autocorrelation, branch_energies, fft_length, spectrum
 
 GRID = (9, 11)
@@ -29,18 +29,34 @@ def explicit(layer: MRConv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the layer's output, branch means and branch variances in training, with every branch convolved."""
     mean = x.mean((0, 2, 3))
     v = to_sequence(x - mean[:, None, None], layer.guard)
+    ones = to_sequence(torch.ones_like(x[:1]), layer.guard)
     y = F.conv2d(x, layer.weight, layer.bias, padding=1, groups=3)
     means, variances = [], []
     for i, kernel in enumerate(layer.branch_kernels()):
-        taps = kernel.shape[1]
-        response = long_conv_reference(F.pad(v, (taps, taps)), kernel)
-        variances.append(response.square().sum((0, 2)) / (x.numel() / 3))
-        means.append(mean * kernel.sum(1))
+        to_ones = to_image(long_conv_reference(ones, kernel), GRID[0], layer.guard)[0]
+        to_deviations = full_response(v, kernel * pair_share(GRID, layer.guard, kernel.shape[1]).sqrt())
+        variances.append(
+            to_deviations.square().sum((0, 2)) / (x.numel() / 3) + mean**2 * to_ones.var((1, 2), unbiased=False)
+        )
+        means.append(mean * to_ones.mean((1, 2)))
         gain = layer.norm.weight[i] * (variances[i] + layer.norm.eps).rsqrt()
         c = to_image(long_conv_reference(to_sequence(x, layer.guard), kernel), GRID[0], layer.guard)
         c = gain[:, None, None] * (c - means[i][:, None, None]) + layer.norm.bias[i][:, None, None]
         y = y + layer.alpha[i][:, None, None] * c
     return y, torch.stack(means), torch.stack(variances)
+
+
+def pair_share(size: tuple[int, int], guard: int, taps: int) -> Tensor:
+    """Returns the share of the pixels that have a pixel at each of ``taps`` lags, counted one by one."""
+    (height, width), reach = size, taps // 2
+    places = [row * (width + guard) + column for row in range(height) for column in range(width)]
+    shares = [sum(place + lag in set(places) for place in places) for lag in range(-reach, reach + 1)]
+    return torch.tensor(shares, dtype=torch.float64) / len(places)
+
+
+def full_response(v: Tensor, kernel: Tensor) -> Tensor:
+    """Returns the convolution of sequences with a kernel, beyond their ends too."""
+    return long_conv_reference(F.pad(v, (kernel.shape[1], kernel.shape[1])), kernel)
 
 
 def smooth_images(spread_over_mean: float) -> Tensor:
@@ -76,6 +92,29 @@ def test_float32_equals_explicit_float64(mean: float, tolerance: float, kernel: 
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("mean", [0, 3])
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("size", [(4, 4), (9, 5), (32, 32), (1, 1), (2, 2)])
+def test_statistics_are_those_of_batch_norm(size: tuple[int, int], smooth: bool, mean: float) -> None:
+    """But for chance, on images that are alike all over: zeros around them and guard columns included."""
+    grid = (max(4, size[0]), max(4, size[1]))
+    layers = {norm: MRConv2d(48, grid, branch_norm=norm, seed=1, min_length=28) for norm in ("parseval", "batch")}
+    layers["batch"].branches.load_state_dict(layers["parseval"].branches.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(256, 48, size[0] + 2, size[1] + 2, generator=generator)
+    x = (3 * F.avg_pool2d(noise, 3, 1) if smooth else noise[..., 1:-1, 1:-1]) + mean
+    for norm in (layers["parseval"].norm, *layers["batch"].norms):
+        norm.momentum = 1.0
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.train()(x)
+    own = layers["parseval"].norm
+    for i, norm in enumerate(layers["batch"].norms):
+        ratio = own.running_var[i] / norm.running_var
+        assert ratio.median() == pytest.approx(1, abs=0.03) and (ratio - 1).abs().quantile(0.9) < 0.3
+        assert ((own.running_mean[i] - norm.running_mean).abs() < 0.1 * norm.running_var.sqrt()).all()
+
+
 @pytest.mark.parametrize("noise", [0.1, 0.01])
 def test_variance_of_a_kernel_that_passes_almost_nothing(noise: float) -> None:
     """Smooth kernels on images that alternate from pixel to pixel: sums over lags all but cancel."""
@@ -85,14 +124,14 @@ def test_variance_of_a_kernel_that_passes_almost_nothing(noise: float) -> None:
     generator = torch.Generator().manual_seed(0)
     stripes = (torch.arange(28) % 2 * 2 - 1).expand(4, 3, 28, 28)
     x = stripes + noise * torch.randn(4, 3, 28, 28, generator=generator)
+    x -= x.mean((0, 2, 3), keepdim=True)
     with torch.no_grad():
         layer(x)
         layer.double()
         v = (x.double() - x.double().mean((0, 2, 3), keepdim=True)).flatten(2)
         pixels = 4 * 28 * 28
         for variance, kernel in zip(layer.norm.running_var, layer.branch_kernels()):
-            taps = kernel.shape[1]
-            response = long_conv_reference(F.pad(v, (taps, taps)), kernel)
+            response = full_response(v, kernel * pair_share((28, 28), 0, kernel.shape[1]).sqrt())
             assert_agree(variance, response.square().sum((0, 2)) / (pixels - 1))
             assert variance.max() < 0.2  # the images' own is 1
 
@@ -102,8 +141,11 @@ def test_variance_alone_has_the_explicit_gradients() -> None:
     x = smooth_images(10).requires_grad_()
     v = to_sequence(x - x.mean((0, 2, 3), keepdim=True), layer.guard)
     n = fft_length(2 * v.shape[2] - 1)
-    energies = branch_energies(autocorrelation(spectrum(v, n), n, v.shape[2]), layer.branch_kernels())
-    actual = energies / (x.numel() / 3)
+    kernels = layer.branch_kernels()
+    weighted = weighted_by_pairs(kernels, x, layer.guard)
+    energies = branch_energies(autocorrelation(spectrum(v, n), n, v.shape[2]), weighted)
+    to_ones = responses_to_ones(kernels, x, layer.guard)[0]
+    actual = energies / (x.numel() / 3) + x.mean((0, 2, 3)).square() * to_ones
     expected = explicit(layer, x)[2]
     assert_agree(actual, expected, 1e-12)
     inputs = [x, *layer.branches.parameters()]
