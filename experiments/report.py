@@ -33,6 +33,8 @@ BASELINES = {
     "pathfinder 32, 6 passes": ("pathfinder 32", "local taps, parseval"),
 }
 
+NORMS = "parseval less batch"  # the table of that name
+
 BEST = "best.safetensors"  # weights of a run
 
 HEADER = ("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch")
@@ -82,10 +84,34 @@ def read_speeds(folder: Path) -> Speeds:
 
 def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str:
     """Returns a document with its tables made anew."""
-    for group in re.findall(r"<!-- (?!end)(.+?) -->", text):
-        block = f"<!-- {group} -->\n{table(group, results, speeds)}\n<!-- end -->"
-        text = re.sub(rf"<!-- {re.escape(group)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+    for name in re.findall(r"<!-- (?!end)(.+?) -->", text):
+        own = norm_table(results) if name == NORMS else table(name, results, speeds)
+        block = f"<!-- {name} -->\n{own}\n<!-- end -->"
+        text = re.sub(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text
+
+
+def norm_table(results: list[dict[str, str]]) -> str:
+    """Returns the table of what the norms of the branches differ by, for groups that train both on the same images."""
+    lines = ["| | seeds | parseval less batch | at each seed |", "| --- | --- | --- | --- |"]
+    accuracies, rows = accuracies_of(results), first_rows()
+    for (group, name), row in rows.items():
+        other = rows.get((group, "local taps, batch"))
+        if name == "local taps, parseval" and other and other.data == row.data and not group.startswith("before"):
+            parseval, batch = accuracies[group, name], accuracies[group, other.name]
+            differences = [parseval[seed] - batch[seed] for seed in parseval if seed in batch]
+            each = ", ".join(format(value, "+.2f") for value in differences)
+            lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
+    return "\n".join(lines)
+
+
+def accuracies_of(results: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Returns the accuracies by group and name, then by seed."""
+    accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for line in results:
+        if line["status"] == "done":
+            accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
+    return accuracies
 
 
 def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
@@ -93,10 +119,7 @@ def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
 
     Columns of which nothing is known are left out.
     """
-    accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for line in results:
-        if line["status"] == "done":
-            accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
+    accuracies = accuracies_of(results)
     baseline = BASELINES.get(group, (group, "ConvNeXt"))
     shown = {key: row for key, row in first_rows().items() if key[0] == group or key == baseline}
     lines = []

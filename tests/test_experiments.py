@@ -230,6 +230,9 @@ def test_the_tables_say_what_the_results_say() -> None:
     assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
     assert report.with_tables(text, lines, speeds) == text
+    batch = [{**line, "name": "local taps, batch", "top1": top1} for line, top1 in zip(lines[2:4], ("72.5", "74"))]
+    text = report.with_tables("<!-- parseval less batch -->\n<!-- end -->", lines + batch, speeds)
+    assert "| main | 2 | +0.25 ± 1.06 | -0.50, +1.00 |" in text
 
 
 def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
