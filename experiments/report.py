@@ -99,9 +99,9 @@ def norm_table(results: list[dict[str, str]]) -> str:
         other = rows.get((group, "local taps, batch"))
         if name == "local taps, parseval" and other and other.data == row.data and not group.startswith("before"):
             parseval, batch = accuracies[group, name], accuracies[group, other.name]
-            differences = [parseval[seed] - batch[seed] for seed in parseval if seed in batch]
-            each = ", ".join(format(value, "+.2f") for value in differences)
-            lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
+            if differences := [parseval[seed] - batch[seed] for seed in parseval if seed in batch]:
+                each = ", ".join(format(value, "+.2f") for value in differences)
+                lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
     return "\n".join(lines)
 
 
@@ -178,13 +178,13 @@ def spread(values: list[float], form: str) -> str:
 
 def write_pictures(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for group in ("main", "pathfinder 32", "pathfinder 48"):
+    for group in ("main", "pathfinder 32", "pathfinder 48, from 32"):
         rows = {name: row for (own, name), row in first_rows().items() if own == group}
         there = {name for name, row in rows.items() if (results / "runs" / row.identifier / BEST).is_file()}
         models = {name: load(row, results) for name, row in rows.items() if name in there}
         if not models:
             continue
-        name, first = group.replace(" ", "-"), rows["ConvNeXt"]
+        name, first = group.replace(",", "").replace(" ", "-"), rows["ConvNeXt"]
         images = held_out(results / "data" / first.data, first.arguments.img_size)
         plot_receptive_fields(models, images).savefig(folder / f"{name}-receptive-fields.png", dpi=110)
         if group != "main":

@@ -253,7 +253,7 @@ def test_published_tables_are_those_of_the_published_results() -> None:
     with open(DOCS / "results" / "results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     text = (DOCS / "results.md").read_text()
-    assert text.count("<!-- end -->") == 7
+    assert text.count("<!-- end -->") == 10
     assert report.with_tables(text, lines, report.read_speeds(DOCS / "results" / "speed")) == text
 
 
@@ -262,4 +262,4 @@ def test_rows_at_equal_time_take_as_long_as_convnext() -> None:
     seconds = 60_000 / speeds[rows.main_rows()[0].spec, 16, 64, "training"]
     for row in rows.equal_time_rows():
         images = int(row.data.removeprefix("fashion-"))
-        assert images / speeds[row.spec, 16, 64, "training"] == pytest.approx(seconds, rel=0.03), row.name
+        assert images / speeds[row.spec, 16, 64, "training"] == pytest.approx(seconds, rel=0.1), row.name
