@@ -142,12 +142,12 @@ def _track_statistics(
 class ParsevalNorm(nn.Module):
     """Normalises the branches of a layer by statistics that are known before any branch is convolved.
 
-    A branch's input is the mean of its channel on all pixels, zero beyond, and what deviates from it. Of the former
-    mean and variance over the pixels are known exactly. Of the latter the variance is the one that the kernel would
-    give a stationary signal with the batch's autocovariance, a lag of the kernel counting as often as pixels have a
-    pixel there: by Parseval's theorem a product of spectra, summed. So the branches' scales are known while they are
-    still kernels, and all of them merge into one convolution in training too. Parameters, running statistics and
-    momentum are those of ``nn.BatchNorm1d``, for all branches at once.
+    A branch's input is the mean of its channel on all pixels, zero beyond, and what deviates from it. What the kernel
+    makes of the former has a mean and a variance over the pixels that are known exactly. For the latter the variance is
+    estimated from the batch's autocovariance, as if the signal were stationary, each lag of the kernel weighted by the
+    share of pixels that have a pixel there: by Parseval's theorem a product of spectra, summed. For white noise that is
+    exact. So the branches' scales are known while they are still kernels, and all of them merge into one convolution in
+    training too. Parameters, running statistics and momentum are those of ``nn.BatchNorm1d``, for all branches at once.
 
     Args:
         branches: Number of branches N.
