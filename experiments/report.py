@@ -93,13 +93,13 @@ def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str
 
 def norm_table(results: list[dict[str, str]]) -> str:
     """Returns the table of what the norms of the branches differ by, for groups that train both on the same images."""
-    lines = ["| | seeds | parseval less batch | at each seed |", "| --- | --- | --- | --- |"]
+    lines = ["| table | seeds | parseval less batch | at each seed |", "| --- | --- | --- | --- |"]
     accuracies, rows = accuracies_of(results), first_rows()
     for (group, name), row in rows.items():
         other = rows.get((group, "local taps, batch"))
         if name == "local taps, parseval" and other and other.data == row.data and not group.startswith("before"):
             parseval, batch = accuracies[group, name], accuracies[group, other.name]
-            if differences := [parseval[seed] - batch[seed] for seed in parseval if seed in batch]:
+            if differences := [parseval[seed] - batch[seed] for seed in sorted(parseval, key=int) if seed in batch]:
                 each = ", ".join(format(value, "+.2f") for value in differences)
                 lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
     return "\n".join(lines)
