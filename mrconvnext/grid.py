@@ -9,7 +9,9 @@ Rows are laid out one after the other, each followed by ``guard`` columns of zer
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .derived import is_eager
 from .kernels import at_least_float32
 from .longconv import autocorrelation, convolve_spectrum, crop_lags, fft_length, long_conv, spectrum
 
@@ -92,17 +94,16 @@ def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
     return crop_lags(local_kernel(at_least_float32(weight), dilation, stride), x.shape[2] * stride)
 
 
-def weighted_by_pairs(kernels: list[Tensor], x: Tensor, guard: int) -> list[Tensor]:
-    """Returns kernels for images like ``x``, each lag times the root of the share of pixels that have a pixel there.
+def pair_weights(x: Tensor, guard: int) -> Tensor:
+    """Returns for every lag the root of the share of pixels that have a pixel there, (2·L − 1), in float64.
 
-    With white noise on the pixels a weighted kernel's full convolution has the energy that the kernel's own has on the
-    pixels: the square at a lag counts once for each pair of pixels that far apart.
+    With white noise on the pixels a kernel times these weights has the energy in its full convolution that the kernel
+    has on the pixels: the square at a lag counts once for each pair of pixels that far apart.
     """
     image = torch.ones((1, 1, x.shape[2], x.shape[3]), dtype=torch.float64, device=x.device)
     n, length = image_fft_length(x, guard), x.shape[2] * (x.shape[3] + guard)
     pairs = autocorrelation(spectrum(to_sequence(image, guard), n), n, length)[0].round()
-    root = (torch.cat([pairs[1:].flip(0), pairs]) / pairs[0]).sqrt().to(kernels[0].dtype)
-    return [kernel * crop_lags(root, kernel.shape[-1] // 2 + 1) for kernel in kernels]
+    return (torch.cat([pairs[1:].flip(0), pairs]) / pairs[0]).sqrt()
 
 
 def responses_to_ones(kernels: list[Tensor], x: Tensor, guard: int) -> tuple[Tensor, Tensor]:
@@ -116,21 +117,51 @@ def responses_to_ones(kernels: list[Tensor], x: Tensor, guard: int) -> tuple[Ten
     variances: list[Tensor] = []
     means: list[Tensor] = []
     for kernel in kernels:
-        response = _response_to_ones(kernel, x.shape[2], x.shape[3], guard)
-        mean = response.mean(1, keepdim=True)
-        variances.append((response - mean).square().mean(1))  # ``torch.var`` takes seven times as long
-        means.append(mean[:, 0])
+        variance, mean = _response_to_ones(kernel, x.shape[2], x.shape[3], guard)
+        variances.append(variance)
+        means.append(mean)
     return torch.stack(variances), torch.stack(means)
 
 
-def _response_to_ones(kernel: Tensor, height: int, width: int, guard: int) -> Tensor:
-    """Returns what a kernel makes of an image of ones, (C, W·H): sums of W lags, and of H rows of those."""
+def _response_to_ones(kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
+    if not torch.jit.is_scripting():
+        if is_eager(kernel):
+            return _ResponseToOnes.apply(kernel, height, width, guard)
+    return _moments_of_response(kernel, height, width, guard)
+
+
+def _moments_of_response(kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
+    """Sums W lags, and H rows of those. Rows from which a short kernel reaches no edge are alike: one is computed."""
     stride = width + guard
-    kernel = crop_lags(kernel, height * stride - guard)
-    missing = height * stride - guard - 1 - kernel.shape[-1] // 2
+    rows = min(height, 2 * ((kernel.shape[-1] // 2 + width - 1) // stride) + 1)
+    kernel = crop_lags(kernel, rows * stride - guard)
+    missing = rows * stride - guard - 1 - kernel.shape[-1] // 2
     sums = F.pad(_moving_sum(F.pad(kernel, (missing, missing)), width), (0, guard))
-    rows = sums.unflatten(-1, (2 * height - 1, stride))[..., :width]
-    return _moving_sum(rows.transpose(1, 2), height).flatten(1)
+    sums = sums.unflatten(-1, (2 * rows - 1, stride))[..., :width]
+    response = _moving_sum(sums.transpose(1, 2), rows)  # (C, W, rows)
+    counts = torch.ones(rows, dtype=kernel.dtype, device=kernel.device)
+    counts[rows // 2] += height - rows
+    mean = (response.sum(1) * counts).sum(-1) / (height * width)
+    squares = (response - mean[:, None, None]).square()
+    return (squares.sum(1) * counts).sum(-1) / (height * width), mean
+
+
+class _ResponseToOnes(torch.autograd.Function):
+    """`_moments_of_response`, computed again for the backward pass: responses take as much as images do."""
+
+    @staticmethod
+    def forward(ctx, kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(kernel)
+        ctx.size = height, width, guard
+        return _moments_of_response(kernel, height, width, guard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        kernel = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            moments = _moments_of_response(kernel, *ctx.size)
+        return *torch.autograd.grad(moments, kernel, grads), None, None, None
 
 
 def _moving_sum(x: Tensor, count: int) -> Tensor:

@@ -4,6 +4,8 @@ A kernel is two-sided: (…, C, 2·M − 1) holds the lags −(M − 1) … M �
 y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -193,8 +195,8 @@ def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
     return correlation_of(torch.view_as_real(u_spectrum).square().sum(dim=(0, 3)), n, length)
 
 
-def branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
-    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution with every kernel, without convolving.
+def branch_energies(correlation: Tensor, kernels: list[Tensor], weights: Tensor) -> Tensor:
+    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution with every weighted kernel, without convolving.
 
     By Parseval's theorem the energy is Σ_f |K(f)|² P(f) at any FFT length that the full convolution fits into, K the
     kernel's spectrum and P the sequences' power spectrum. Only the arguments are kept for the backward pass: spectra
@@ -203,22 +205,24 @@ def branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
     Args:
         correlation: Autocorrelation of the sequences, lags 0 … L − 1, (C, L), in float64; see `autocorrelation`.
         kernels: Two-sided kernels (C, 2·M − 1), M at most L.
+        weights: Factor of every lag (2·L − 1) of the kernels, constant.
 
     Returns:
         The energies (kernels, C), of the kernels' dtype.
     """
     if not torch.jit.is_scripting():
         if is_eager(correlation):
-            return _BranchEnergies.apply(correlation, *kernels)
-    return _branch_energies(correlation, kernels)
+            return _BranchEnergies.apply(correlation, weights, *kernels)
+    return _branch_energies(correlation, kernels, weights)
 
 
-def _branch_energies(correlation: Tensor, kernels: list[Tensor]) -> Tensor:
+def _branch_energies(correlation: Tensor, kernels: list[Tensor], weights: Tensor) -> Tensor:
     power, n = _energy_power(correlation, kernels)
     energies: list[Tensor] = []
     for kernel in kernels:
         step = _frequency_step(kernel, correlation, n)
-        energies.append(_energy(_spectrum_parts(kernel, n // step), _every(power, step), n // step))
+        parts = _spectrum_parts(kernel * _weights_of(kernel, weights), n // step)
+        energies.append(_energy(parts, _every(power, step), n // step))
     return torch.stack(energies)
 
 
@@ -228,6 +232,10 @@ def _energy_power(correlation: Tensor, kernels: list[Tensor]) -> tuple[Tensor, i
     n = 2 * fft_length((taps + correlation.shape[-1]) // 2)
     power = (2 * torch.fft.rfft(correlation, n).real - correlation[:, :1]).clamp(min=0).to(kernels[0].dtype)
     return torch.stack([power, power], -1).flatten(1), n
+
+
+def _weights_of(kernel: Tensor, weights: Tensor) -> Tensor:
+    return crop_lags(weights, kernel.shape[-1] // 2 + 1).to(kernel.dtype)
 
 
 def _frequency_step(kernel: Tensor, correlation: Tensor, n: int) -> int:
@@ -258,14 +266,14 @@ class _BranchEnergies(torch.autograd.Function):
     """`_branch_energies`, quadratic in the kernels and linear in the autocorrelation."""
 
     @staticmethod
-    def forward(ctx, correlation: Tensor, *kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(correlation, *kernels)
-        return _branch_energies(correlation, kernels)
+    def forward(ctx, correlation: Tensor, weights: Tensor, *kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(correlation, weights, *kernels)
+        return _branch_energies(correlation, kernels, weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        correlation, *kernels = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
+        correlation, weights, *kernels = ctx.saved_tensors
         power, n = _energy_power(correlation, kernels)
         power *= 2
         powers = {1: power, 2: _every(power, 2)}
@@ -273,14 +281,15 @@ class _BranchEnergies(torch.autograd.Function):
         grad_kernels = []
         for kernel, own in zip(kernels, grad.unsqueeze(-1)):
             step = _frequency_step(kernel, correlation, n)
-            parts = _spectrum_parts(kernel, n // step)
+            lags = _weights_of(kernel, weights)
+            parts = _spectrum_parts(kernel * lags, n // step)
             scaled = parts * own
             squares[step].addcmul_(parts, scaled)
             product = torch.view_as_complex(scaled.mul_(powers[step]).unflatten(1, (-1, 2)))
-            grad_kernels.append(torch.fft.irfft(product, n // step)[:, : kernel.shape[-1]])
+            grad_kernels.append(torch.fft.irfft(product, n // step)[:, : kernel.shape[-1]] * lags)
         # Half as many frequencies count twice.
         total = squares[1].unflatten(1, (-1, 2)).sum(-1)
         total[:, ::2] += 2 * squares[2].unflatten(1, (-1, 2)).sum(-1)
         grad_correlation = 2 * torch.fft.irfft(total, n)[:, : correlation.shape[1]].to(torch.float64)
         grad_correlation[:, 0] /= 2
-        return grad_correlation, *grad_kernels
+        return grad_correlation, None, *grad_kernels

@@ -21,11 +21,11 @@ from .grid import (
     convolve_image,
     image_fft_length,
     long_conv_image,
+    pair_weights,
     place_kernel,
     place_taps,
     responses_to_ones,
     to_sequence,
-    weighted_by_pairs,
 )
 from .imageconv import (
     AdaptiveConvolution,
@@ -52,12 +52,12 @@ for _name in (
     "image_fft_length",
     "long_conv_image",
     "merge_kernels",
+    "pair_weights",
     "place_kernel",
     "place_taps",
     "responses_to_ones",
     "spectrum",
     "to_sequence",
-    "weighted_by_pairs",
 ):
     torch.fx.wrap(_name)
 
@@ -506,7 +506,7 @@ class MRConv2d(DropsDerived):
             count: Number of pixels (0-dimensional).
         """
         kernels = self._placed_kernels(x)
-        energies = branch_energies(correlation, weighted_by_pairs(kernels, x, self.guard))
+        energies = branch_energies(correlation, kernels, pair_weights(x, self.guard))
         variance, response = responses_to_ones(kernels, x, self.guard)
         variance = sum_over_processes(energies, self.sync_norm) / count + mean.square() * variance
         gain, shift = self.norm(mean * response, variance, count)

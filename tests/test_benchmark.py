@@ -159,7 +159,7 @@ def test_gradient_checkpointing_saves_memory(tmp_path: Path) -> None:
         options += ["--reference", model]
         assert benchmark.main(arguments(tmp_path / str(i), *size, *options, models=(model,))) == 0
         peaks.append(float(rows_of(tmp_path / str(i))[model, "training form", "128"]["memory_mib"]))
-    assert peaks[1] < 0.9 * peaks[0]
+    assert peaks[1] < 0.8 * peaks[0]
 
 
 def test_autocast_and_channels_last(one_process: None, tmp_path: Path) -> None:

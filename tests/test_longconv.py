@@ -91,11 +91,13 @@ def test_fft_length_is_good() -> None:
 def test_energy_is_that_of_the_full_convolution(length: int, kernel_length: int) -> None:
     u, kernel = (x.requires_grad_() for x in signals(length, kernel_length - 1, torch.float64))
 
+    weights = torch.rand(kernel.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
     def energy(u: torch.Tensor, kernel: torch.Tensor, n: int) -> torch.Tensor:
-        return branch_energies(autocorrelation(spectrum(u, n), n, length), [kernel])[0]
+        return branch_energies(autocorrelation(spectrum(u, n), n, length), [kernel], weights)[0]
 
     margin = kernel.shape[-1]
-    explicit = long_conv_reference(torch.nn.functional.pad(u, (margin, margin)), kernel).square().sum((0, 2))
+    explicit = long_conv_reference(torch.nn.functional.pad(u, (margin, margin)), kernel * weights).square().sum((0, 2))
     for n in (2 * length - 1, 2 * length, 64, 97):
         assert_agree(energy(u, kernel, n), explicit, 1e-12)
         assert torch.autograd.gradcheck(energy, (u, kernel, n))

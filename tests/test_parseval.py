@@ -13,7 +13,7 @@ from helpers import assert_agree, randomize
 from torch import Tensor
 
 from mrconvnext import MRConv2d, long_conv_reference
-from mrconvnext.grid import responses_to_ones, to_image, to_sequence, weighted_by_pairs
+from mrconvnext.grid import pair_weights, responses_to_ones, to_image, to_sequence
 from mrconvnext.longconv import autocorrelation, branch_energies, fft_length, spectrum
 
 GRID = (9, 11)
@@ -142,8 +142,8 @@ def test_variance_alone_has_the_explicit_gradients() -> None:
     v = to_sequence(x - x.mean((0, 2, 3), keepdim=True), layer.guard)
     n = fft_length(2 * v.shape[2] - 1)
     kernels = layer.branch_kernels()
-    weighted = weighted_by_pairs(kernels, x, layer.guard)
-    energies = branch_energies(autocorrelation(spectrum(v, n), n, v.shape[2]), weighted)
+    weights = pair_weights(x, layer.guard)
+    energies = branch_energies(autocorrelation(spectrum(v, n), n, v.shape[2]), kernels, weights)
     to_ones = responses_to_ones(kernels, x, layer.guard)[0]
     actual = energies / (x.numel() / 3) + x.mean((0, 2, 3)).square() * to_ones
     expected = explicit(layer, x)[2]
