@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import benchmark_throughput as benchmark
+from scripts import tables
 
 SCRIPT = benchmark.__file__
 OURS = "mrconvnext_atto:depths=(1,1,1,1):dims=(8,16,24,32)"
@@ -261,3 +262,24 @@ def test_interrupted_run_keeps_its_rows(
     full = json.loads((tmp_path / "benchmark.json").read_text())
     assert {len(row["rounds_ms"]) for row in full["rows"] if not row["note"]} == {1}
     assert "Interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "count"), [("performance.md", 7), ("training.md", 2)])
+def test_tables_of_the_documents_are_those_of_their_files(name: str, count: int) -> None:
+    document = Path(tables.__file__).parent.parent / "docs" / name
+    text = document.read_text()
+    assert text.count("<!-- end -->") == len(tables.TABLE.findall(text)) == count
+    assert tables.with_tables(document) == text
+
+
+def test_tables_show_medians_with_their_spread(one_process: None, tmp_path: Path) -> None:
+    assert benchmark.main(arguments(tmp_path)) == 0
+    document = tmp_path / "document.md"
+    document.write_text("before\n<!-- benchmark.csv: model form batch_size ms ratio -->\nold\n<!-- end -->\nafter\n")
+    text = tables.with_tables(document)
+    deployed = rows_of(tmp_path)[OURS, "deployed", "2"]
+    assert "| model | form | batch | ms | ratio |" in text
+    ratio = f"{float(deployed['ratio']):.2f} ({float(deployed['ratio_min']):.2f} … {float(deployed['ratio_max']):.2f})"
+    assert f"| {OURS} | deployed | 2 |" in text
+    assert ratio in text
+    assert "old" not in text and "python benchmark_throughput.py" in text

@@ -1,0 +1,68 @@
+"""Writes the tables of documents from the benchmark's CSVs.
+
+    python scripts/tables.py docs/performance.md docs/training.md
+
+A table stands between lines such as ``<!-- benchmark/benchmark.csv: model form ms ratio -->``, a path from the
+document's folder and columns of that file, and ``<!-- end -->``. Above it stand the command that the file is from, the
+hardware and the versions. Medians are followed by the least and the largest value, in brackets.
+"""
+
+import argparse
+import csv
+import re
+import textwrap
+from pathlib import Path
+
+TABLE = re.compile(r"<!-- (\S+\.csv): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+HEADERS = {"batch_size": "batch", "img_size": "px", "gflops": "GFLOPs"}
+HEADERS |= {"memory_mib": "peak MiB", "memory_ratio": "peak, ratio"}
+
+# Formats of the numbers; other columns are as they are in the file.
+FORMATS = dict.fromkeys(("ratio", "gflops", "memory_ratio"), ".2f") | dict.fromkeys(("ms", "memory_mib"), ".0f")
+FORMATS["error"] = ".0e"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("documents", type=Path, nargs="+", help="Markdown files")
+    for document in parser.parse_args().documents:
+        document.write_text(with_tables(document))
+
+
+def with_tables(document: Path) -> str:
+    """Returns the text of a document with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        path, columns = match.groups()
+        return f"<!-- {path}: {columns} -->\n{block(document.parent, path, columns.split())}\n<!-- end -->"
+
+    return TABLE.sub(made, document.read_text())
+
+
+def block(folder: Path, path: str, columns: list[str]) -> str:
+    """Returns the command of a file, what it was run with, and its table."""
+    with open(folder / path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    first = lines[0]
+    command = textwrap.wrap(first["command"], 116, subsequent_indent="    ", break_on_hyphens=False)
+    versions = f"torch {first['torch']}, timm {first['timm']}, {first['date'][:10]}"
+    origin = f"{first['hardware']}, {first['threads']} threads, {first['dtype']}, {versions};"
+    cells = [[HEADERS.get(name, name) for name in columns], ["---"] * len(columns)]
+    cells += [[cell(line, name) for name in columns] for line in lines]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return "```\n" + " \\\n".join(command) + f"\n```\n\n{origin}\n[all columns]({path})\n\n{table}"
+
+
+def cell(line: dict[str, str], name: str) -> str:
+    """Returns a value; a blank is what does not apply."""
+    if name not in FORMATS or not line[name]:
+        return line[name]
+    value, *ends = (
+        format(float(line[key]), FORMATS[name]) for key in (name, f"{name}_min", f"{name}_max") if key in line
+    )
+    return f"{value} ({' … '.join(ends)})" if len(set(ends)) > 1 else value
+
+
+if __name__ == "__main__":
+    main()
