@@ -125,29 +125,35 @@ def fine_tuning_rows() -> list[Row]:
 
 
 def pathfinder_rows() -> list[Row]:
-    """Returns the models on drawings in which two discs are joined by a curve or not, at two sizes.
-
-    Each starts from its own weights after a pass over Fashion-MNIST at that size: from scratch none leaves chance.
-    """
+    """Returns the models on drawings in which two discs are joined by a curve or not, at two sizes."""
     rows = []
     for side, seeds, epochs in ((32, 3, 4), (48, 1, 2)):
         for seed in range(seeds):
-            for name, spec in MODELS.items():
-                options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *FASHION, "--img-size", str(side))
-                first = Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
+            for name in MODELS:
+                first = before_pathfinder_row(name, seed, side)
                 rows += [first, pathfinder_row(f"pathfinder {side}", first, side, epochs)]
     return rows
 
 
 def other_pathfinder_rows() -> list[Row]:
     """Returns the models that go on from the smaller drawings to the larger; ConvNeXts on the smaller ones with more
-    steps; and all models in smaller batches, soon warm."""
-    firsts = [row for row in pathfinder_rows() if row.group == "before pathfinder 32"]
+    steps; and all models in smaller batches, soon warm, where the norms have more seeds than the others."""
     trained = [row for row in pathfinder_rows() if row.group == "pathfinder 32"]
-    larger = [pathfinder_row("pathfinder 48, from 32", row, 48, 1) for row in trained]
-    longer = [pathfinder_row("pathfinder 32, 6 passes", row, 32, 6) for row in firsts if row.name == "ConvNeXt"]
-    small = [pathfinder_row("pathfinder 32, batch 32", row, 32, 2, batch=32, warmup=0.1) for row in firsts]
-    return [*larger, *longer, *small]
+    rows = [pathfinder_row("pathfinder 48, from 32", row, 48, 1) for row in trained]
+    for seed in range(3):
+        first = before_pathfinder_row("ConvNeXt", seed, 32)
+        rows.append(pathfinder_row("pathfinder 32, 6 passes", first, 32, 6))
+    for seed in range(6):
+        for name in MODELS if seed < 3 else ("local taps, batch", "local taps, parseval"):
+            first = before_pathfinder_row(name, seed, 32)
+            rows += [first, pathfinder_row("pathfinder 32, batch 32", first, 32, 2, batch=32, warmup=0.1)]
+    return rows
+
+
+def before_pathfinder_row(name: str, seed: int, side: int) -> Row:
+    """Returns a pass over Fashion-MNIST at the drawings' size: from scratch no model leaves chance on them."""
+    options = (*model(MODELS[name], PATHFINDER_SHAPE), *RECIPE, *FASHION, "--img-size", str(side))
+    return Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
 
 
 def pathfinder_row(group: str, first: Row, side: int, epochs: int, batch: int = 64, warmup: float = 0.5) -> Row:
@@ -158,11 +164,6 @@ def pathfinder_row(group: str, first: Row, side: int, epochs: int, batch: int = 
 
 
 def all_rows() -> list[Row]:
-    return [
-        *main_rows(),
-        *fine_tuning_rows(),
-        *pathfinder_rows(),
-        *other_pathfinder_rows(),
-        *change_rows(),
-        *equal_time_rows(),
-    ]
+    """Returns every row once."""
+    rows = [*main_rows(), *fine_tuning_rows(), *pathfinder_rows(), *other_pathfinder_rows(), *change_rows()]
+    return list(dict.fromkeys([*rows, *equal_time_rows()]))

@@ -136,9 +136,8 @@ def _moments_of_response(kernel: Tensor, height: int, width: int, guard: int) ->
     rows = min(height, 2 * ((kernel.shape[-1] // 2 + width - 1) // stride) + 1)
     kernel = crop_lags(kernel, rows * stride - guard)
     missing = rows * stride - guard - 1 - kernel.shape[-1] // 2
-    sums = F.pad(_moving_sum(F.pad(kernel, (missing, missing)), width), (0, guard))
-    sums = sums.unflatten(-1, (2 * rows - 1, stride))[..., :width]
-    response = _moving_sum(sums.transpose(1, 2), rows)  # (C, W, rows)
+    sums = _moving_sum(kernel, width, missing, missing + guard).unflatten(-1, (2 * rows - 1, stride))
+    response = _moving_sum(sums[..., :width].transpose(1, 2), rows)  # (C, W, rows)
     counts = torch.ones(rows, dtype=kernel.dtype, device=kernel.device)
     counts[rows // 2] += height - rows
     mean = (response.sum(1) * counts).sum(-1) / (height * width)
@@ -164,9 +163,9 @@ class _ResponseToOnes(torch.autograd.Function):
         return *torch.autograd.grad(moments, kernel, grads), None, None, None
 
 
-def _moving_sum(x: Tensor, count: int) -> Tensor:
-    """Returns the sums of every ``count`` neighbours in the last dimension."""
-    sums = F.pad(x, (1, 0)).cumsum(-1)
+def _moving_sum(x: Tensor, count: int, before: int = 0, after: int = 0) -> Tensor:
+    """Returns the sums of every ``count`` neighbours in the last dimension, with zeros ``before`` and ``after`` it."""
+    sums = F.pad(x, (before + 1, after)).cumsum(-1)
     return sums[..., count:] - sums[..., :-count]
 
 
