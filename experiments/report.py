@@ -31,9 +31,12 @@ BASELINES = {
     "changes": ("main", "local taps, parseval"),
     "equal time": ("main", "ConvNeXt"),
     "pathfinder 32, 6 passes": ("pathfinder 32", "local taps, parseval"),
+    "pathfinder 48, 2 passes": ("pathfinder 48, from 32", "local taps, parseval"),
 }
 
-NORMS = "parseval less batch"  # the table of that name
+# Tables of other kinds.
+NORMS = "parseval less batch"
+STATISTICS = "statistics of parseval"
 
 BEST = "best.safetensors"  # weights of a run
 
@@ -44,18 +47,27 @@ HEADER += ("deployed, images/s",)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--results", type=Path, required=True, help="folder with results.csv, speed/, and with runs/ for pictures")
+    add(
+        "--results",
+        type=Path,
+        required=True,
+        help="folder with results.csv, norms.csv, speed/, and with runs/ for pictures",
+    )
     add("--document", type=Path, required=True, help="Markdown file whose tables are written")
     add("--publish", type=Path, help="folder for pictures and copies of the CSVs (default: neither)")
     args = parser.parse_args()
-    for name, path in (("--results", args.results / "results.csv"), ("--document", args.document)):
+    files = ("--results", args.results / "results.csv"), ("--results", args.results / "norms.csv")
+    for name, path in (*files, ("--document", args.document)):
         if not path.is_file():
             parser.error(f"{name}: {path} is missing")
     with open(args.results / "results.csv", newline="") as file:
         results = list(csv.DictReader(file))
-    args.document.write_text(with_tables(args.document.read_text(), results, read_speeds(args.results / "speed")))
+    with open(args.results / "norms.csv", newline="") as file:
+        statistics = list(csv.DictReader(file))
+    text = with_tables(args.document.read_text(), results, read_speeds(args.results / "speed"), statistics)
+    args.document.write_text(text)
     if args.publish:
-        for path in (args.results / "results.csv", *(args.results / "speed").rglob("*.csv")):
+        for path in (*args.results.glob("*.csv"), *(args.results / "speed").rglob("*.csv")):
             copy = args.publish / path.relative_to(args.results)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
@@ -67,6 +79,7 @@ def main() -> None:
 
 FORMS = {"training": "training form", "running": "deployed"}  # of an MRConvNeXt, as benchmark_throughput.py has them
 Speeds = dict[tuple[str, int, int, str], float]
+Lines = list[dict[str, str]]  # of a CSV
 
 
 def read_speeds(folder: Path) -> Speeds:
@@ -82,16 +95,19 @@ def read_speeds(folder: Path) -> Speeds:
     return speeds
 
 
-def with_tables(text: str, results: list[dict[str, str]], speeds: Speeds) -> str:
+def with_tables(text: str, results: Lines, speeds: Speeds, statistics: Lines) -> str:
     """Returns a document with its tables made anew."""
     for name in re.findall(r"<!-- (?!end)(.+?) -->", text):
-        own = norm_table(results) if name == NORMS else table(name, results, speeds)
+        if name == STATISTICS:
+            own = statistics_table(statistics)
+        else:
+            own = norm_table(results) if name == NORMS else table(name, results, speeds)
         block = f"<!-- {name} -->\n{own}\n<!-- end -->"
         text = re.sub(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text
 
 
-def norm_table(results: list[dict[str, str]]) -> str:
+def norm_table(results: Lines) -> str:
     """Returns the table of what the norms of the branches differ by, for groups that train both on the same images."""
     lines = ["| table | seeds | parseval less batch | at each seed |", "| --- | --- | --- | --- |"]
     accuracies, rows = accuracies_of(results), first_rows()
@@ -105,7 +121,25 @@ def norm_table(results: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def accuracies_of(results: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, float]]:
+def statistics_table(statistics: Lines) -> str:
+    """Returns the table of what experiments.norms found, over all layers and branches of a group."""
+    lines = [
+        "| table | layers and branches | variance, median channel | variance, 10th to 90th percentile | mean, up to |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for group in dict.fromkeys(line["group"] for line in statistics):
+        own = [line for line in statistics if line["group"] == group]
+        least, *medians, largest = (
+            extreme(float(line[f"variance_{share}"]) for line in own)
+            for extreme, share in ((min, 10), (min, 50), (max, 50), (max, 90))
+        )
+        shift = max(float(line["mean_90"]) for line in own)
+        medians = " … ".join(format(value, ".2f") for value in medians)
+        lines.append(f"| {group} | {len(own)} | {medians} | {least:.2f} … {largest:.2f} | {shift:.2f} |")
+    return "\n".join(lines)
+
+
+def accuracies_of(results: Lines) -> dict[tuple[str, str], dict[str, float]]:
     """Returns the accuracies by group and name, then by seed."""
     accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for line in results:
@@ -114,7 +148,7 @@ def accuracies_of(results: list[dict[str, str]]) -> dict[tuple[str, str], dict[s
     return accuracies
 
 
-def table(group: str, results: list[dict[str, str]], speeds: Speeds) -> str:
+def table(group: str, results: Lines, speeds: Speeds) -> str:
     """Returns a group's table in Markdown: accuracies, and differences to the baseline, its first line, seed by seed.
 
     Columns of which nothing is known are left out.

@@ -136,10 +136,11 @@ def pathfinder_rows() -> list[Row]:
 
 
 def other_pathfinder_rows() -> list[Row]:
-    """Returns the models that go on from the smaller drawings to the larger; ConvNeXts on the smaller ones with more
-    steps; and all models in smaller batches, soon warm, where the norms have more seeds than the others."""
+    """Returns the models that go on from the smaller drawings to the larger; ConvNeXts with more steps on either; and
+    all models in smaller batches, soon warm, where the norms have more seeds than the others."""
     trained = [row for row in pathfinder_rows() if row.group == "pathfinder 32"]
     rows = [pathfinder_row("pathfinder 48, from 32", row, 48, 1) for row in trained]
+    rows += [pathfinder_row("pathfinder 48, 2 passes", row, 48, 2) for row in trained if row.name == "ConvNeXt"]
     for seed in range(3):
         first = before_pathfinder_row("ConvNeXt", seed, 32)
         rows.append(pathfinder_row("pathfinder 32, 6 passes", first, 32, 6))

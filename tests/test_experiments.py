@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image, ImageFilter
 
-from experiments import report, rows, run, speed
+from experiments import norms, report, rows, run, speed
 from experiments.data import draw_pathfinder, write_fashion
+from mrconvnext import MRConv2d
 
 OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
 OPTIONS += "--global-batch 64 --epochs 2 --workers 0 --mixup 0 --cutmix 0 --log-interval 2 --aa=".split()
@@ -224,14 +227,14 @@ def test_the_tables_say_what_the_results_say() -> None:
     lines.append({**lines[0], "name": "paper's layer, batch", "status": "failed"})
     spec = rows.main_rows()[0].spec
     speeds = {(spec, 16, 64, "training"): 288.0, (spec, 16, 64, "running"): 1234.5, (spec, 16, 32, "running"): 1.0}
-    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds)
+    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds, [])
     assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
     assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  | 0.500 ± 0.000 | 1,000 | 9 | 2 | 1234 |" in text
     assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
-    assert report.with_tables(text, lines, speeds) == text
+    assert report.with_tables(text, lines, speeds, []) == text
     batch = [{**line, "name": "local taps, batch", "top1": top1} for line, top1 in zip(lines[2:4], ("72.5", "74"))]
-    text = report.with_tables("<!-- parseval less batch -->\n<!-- end -->", lines + batch, speeds)
+    text = report.with_tables("<!-- parseval less batch -->\n<!-- end -->", lines + batch, speeds, [])
     assert "| main | 2 | +0.25 ± 1.06 | -0.50, +1.00 |" in text
 
 
@@ -246,15 +249,35 @@ def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyP
     assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "out").rglob("*.csv"))
 
 
+def test_statistics_of_a_model_are_compared_branch_by_branch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16), "patch_size": 1, "img_size": 16}
+    model = timm.create_model("mrconvnext_atto", **options)
+    lines = norms.compare(model, torch.randn(64, 3, 16, 16))
+    layers = [layer for layer in model.modules() if isinstance(layer, MRConv2d)]
+    assert [line["branch"] for line in lines] == [str(i + 1) for layer in layers for i in range(len(layer.branches))]
+    assert all(0.8 < float(line["variance_10"]) <= float(line["variance_90"]) < 1.25 for line in lines)
+    # Of images that are alike but for their brightness, the variance lies where no correlation shows it.
+    patterns = torch.randn(3, 16, 16) * torch.linspace(-1, 1, 64)[:, None, None, None]
+    shares = [float(line["variance_90"]) - float(line["variance_10"]) for line in norms.compare(model, patterns)]
+    assert max(shares) > 0.5
+
+    monkeypatch.setattr("sys.argv", ["norms", "--output", str(tmp_path)])
+    assert norms.main() == 2
+    assert "best.safetensors" in capsys.readouterr().err
+
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_published_tables_are_those_of_the_published_results() -> None:
-    with open(DOCS / "results" / "results.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    published = DOCS / "results"
+    with open(published / "results.csv", newline="") as results, open(published / "norms.csv", newline="") as own:
+        lines, statistics = list(csv.DictReader(results)), list(csv.DictReader(own))
     text = (DOCS / "results.md").read_text()
-    assert text.count("<!-- end -->") == 10
-    assert report.with_tables(text, lines, report.read_speeds(DOCS / "results" / "speed")) == text
+    assert text.count("<!-- end -->") == 12
+    assert report.with_tables(text, lines, report.read_speeds(published / "speed"), statistics) == text
 
 
 def test_rows_at_equal_time_take_as_long_as_convnext() -> None:

@@ -1,0 +1,72 @@
+"""Compares the statistics of "parseval" with BatchNorm's, on held-out images, in the layers of trained models.
+
+    python -m experiments.norms --output results
+
+Of the first seed of "local taps, parseval" in each group, whose weights OUTPUT/runs must have. OUTPUT/norms.csv gets a
+line for each layer and branch: over its channels, the variance by "parseval" in those of the branch's own output, and
+the distance of the means in its standard deviations.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiments.report import BEST, first_rows, held_out, load
+from mrconvnext import MRConv2d
+from mrconvnext.grid import long_conv_image, place_kernel
+
+GROUPS = ("main", "fine-tuning", "pathfinder 32", "pathfinder 48, from 32", "pathfinder 32, batch 32")
+COLUMNS = ("group", "layer", "branch", "variance_10", "variance_50", "variance_90", "mean_50", "mean_90")
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    output = parser.parse_args().output
+    rows = [first_rows()[group, "local taps, parseval"] for group in GROUPS]
+    missing = [path for row in rows if not (path := output / "runs" / row.identifier / BEST).is_file()]
+    if missing:
+        print(f"experiments.norms: no weights in {missing[0]}: run experiments.run first", file=sys.stderr)
+        return 2
+    with open(output / "norms.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            images = held_out(output / "data" / row.data, row.arguments.img_size)
+            for line in compare(load(row, output), images):
+                writer.writerow({"group": row.group, **line})
+    return 0
+
+
+def compare(model: nn.Module, images: Tensor) -> list[dict[str, str]]:
+    """Returns a line for each layer and branch of a model that sees images (B, 3, H, W) as it does in training."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MRConv2d)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        layer.norm.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[:2]}))
+    model.train()(images)
+    lines = []
+    for name, layer in layers.items():
+        x = inputs[name]
+        for i, (kernel, mean, variance) in enumerate(zip(layer.branch_kernels(), *seen[name])):
+            y = long_conv_image(x, place_kernel(kernel, layer.row_stride, x, layer.guard), layer.guard)
+            own, own_mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            shares = percentiles(variance / own, 0.1, 0.5, 0.9)
+            shifts = percentiles((mean - own_mean).abs() / own.sqrt(), 0.5, 0.9)
+            lines.append(dict(zip(COLUMNS[1:], (name, str(i + 1), *shares, *shifts))))
+    return lines
+
+
+def percentiles(values: Tensor, *shares: float) -> list[str]:
+    return [f"{value:.3f}" for value in values.quantile(torch.tensor(shares)).tolist()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
