@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Optional
@@ -25,7 +26,11 @@ class MissingData(Exception):
 
 
 def write(name: str, folder: Path, fashion_mnist: Path) -> None:
-    """Writes images by name: ``fashion-N``, its first N; ``fashion-first-half`` of the classes; ``pathfinder-SIDE``."""
+    """Writes images by name.
+
+    ``fashion-N`` are the first N; ``fashion-first-half`` and ``fashion-second-half`` are five classes each, of the
+    first 30,000 and 20,000; ``pathfinder-SIDE`` are 45,000 drawings.
+    """
     if name == "fashion-first-half":
         write_fashion(fashion_mnist, folder, 30_000, range(5))
     elif name == "fashion-second-half":
@@ -59,7 +64,10 @@ def write_fashion(source: Path, folder: Path, images: int = 60_000, classes: Ite
 def _read_ubyte(file: Path, header: int) -> np.ndarray:
     if not file.is_file():
         raise MissingData(MISSING.format(file))
-    return np.frombuffer(gzip.open(file).read(), np.uint8, offset=header)
+    try:
+        return np.frombuffer(gzip.open(file).read(), np.uint8, offset=header)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise MissingData(f"{file} is damaged ({error}): take it anew") from error
 
 
 def write_pathfinder(folder: Path, side: int, images: int, seed: int = 0) -> None:

@@ -9,18 +9,22 @@ the distance of the means in its standard deviations.
 
 import argparse
 import csv
+import datetime
 import sys
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from experiments.report import BEST, first_rows, held_out, load
+from experiments.run import commit
 from mrconvnext import MRConv2d
 from mrconvnext.grid import long_conv_image, place_kernel
 
 GROUPS = ("main", "fine-tuning", "pathfinder 32", "pathfinder 48, from 32", "pathfinder 32, batch 32")
-COLUMNS = ("group", "layer", "branch", "variance_10", "variance_50", "variance_90", "mean_50", "mean_90")
+MEASURED = ("layer", "branch", "variance_10", "variance_50", "variance_90", "mean_50", "mean_90")
+COLUMNS = ("group", *MEASURED, "torch", "timm", "commit", "date", "command")
 
 
 @torch.no_grad()
@@ -33,13 +37,16 @@ def main() -> int:
     if missing:
         print(f"experiments.norms: no weights in {missing[0]}: run experiments.run first", file=sys.stderr)
         return 2
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    origin = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit(), "date": today}
+    origin["command"] = "python -m experiments.norms --output results"
     with open(output / "norms.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in rows:
             images = held_out(output / "data" / row.data, row.arguments.img_size)
             for line in compare(load(row, output), images):
-                writer.writerow({"group": row.group, **line})
+                writer.writerow({"group": row.group, **line, **origin})
     return 0
 
 
@@ -60,7 +67,7 @@ def compare(model: nn.Module, images: Tensor) -> list[dict[str, str]]:
             own, own_mean = torch.var_mean(y, (0, 2, 3), correction=0)
             shares = percentiles(variance / own, 0.1, 0.5, 0.9)
             shifts = percentiles((mean - own_mean).abs() / own.sqrt(), 0.5, 0.9)
-            lines.append(dict(zip(COLUMNS[1:], (name, str(i + 1), *shares, *shifts))))
+            lines.append(dict(zip(MEASURED, (name, str(i + 1), *shares, *shifts))))
     return lines
 
 

@@ -63,8 +63,8 @@ def main() -> None:
     with open(args.results / "results.csv", newline="") as file:
         results = list(csv.DictReader(file))
     with open(args.results / "norms.csv", newline="") as file:
-        statistics = list(csv.DictReader(file))
-    text = with_tables(args.document.read_text(), results, read_speeds(args.results / "speed"), statistics)
+        norms = list(csv.DictReader(file))
+    text = with_tables(args.document.read_text(), results, read_speeds(args.results / "speed"), norms)
     args.document.write_text(text)
     if args.publish:
         for path in (*args.results.glob("*.csv"), *(args.results / "speed").rglob("*.csv")):
@@ -77,29 +77,29 @@ def main() -> None:
 # Tables
 
 
-FORMS = {"training": "training form", "running": "deployed"}  # of an MRConvNeXt, as benchmark_throughput.py has them
+FORM_OF_MODE = {"training": "training form", "running": "deployed"}  # of an MRConvNeXt, in benchmark_throughput.py
 Speeds = dict[tuple[str, int, int, str], float]
 Lines = list[dict[str, str]]  # of a CSV
 
 
 def read_speeds(folder: Path) -> Speeds:
-    """Returns images/s by model, side of the images, batch and form, as experiments.speed measured them."""
+    """Returns images/s by model, side of the images, batch and mode, as experiments.speed measured them."""
     speeds = {}
     for path in folder.rglob("*.csv"):
         with open(path, newline="") as file:
             for line in csv.DictReader(file):
-                form = "training" if line["mode"] == "training step" else "running"
-                if line["images_per_s"] and line["form"] in ("default", FORMS[form]):
-                    key = (line["model"], int(line["img_size"]), int(line["batch_size"]), form)
+                mode = "training" if line["mode"] == "training step" else "running"
+                if line["images_per_s"] and line["form"] in ("default", FORM_OF_MODE[mode]):
+                    key = (line["model"], int(line["img_size"]), int(line["batch_size"]), mode)
                     speeds[key] = float(line["images_per_s"])
     return speeds
 
 
-def with_tables(text: str, results: Lines, speeds: Speeds, statistics: Lines) -> str:
+def with_tables(text: str, results: Lines, speeds: Speeds, norms: Lines) -> str:
     """Returns a document with its tables made anew."""
     for name in re.findall(r"<!-- (?!end)(.+?) -->", text):
         if name == STATISTICS:
-            own = statistics_table(statistics)
+            own = statistics_table(norms)
         else:
             own = norm_table(results) if name == NORMS else table(name, results, speeds)
         block = f"<!-- {name} -->\n{own}\n<!-- end -->"
@@ -121,14 +121,14 @@ def norm_table(results: Lines) -> str:
     return "\n".join(lines)
 
 
-def statistics_table(statistics: Lines) -> str:
+def statistics_table(norms: Lines) -> str:
     """Returns the table of what experiments.norms found, over all layers and branches of a group."""
     lines = [
         "| table | layers and branches | variance, median channel | variance, 10th to 90th percentile | mean, up to |"
     ]
     lines.append("| --- | --- | --- | --- | --- |")
-    for group in dict.fromkeys(line["group"] for line in statistics):
-        own = [line for line in statistics if line["group"] == group]
+    for group in dict.fromkeys(line["group"] for line in norms):
+        own = [line for line in norms if line["group"] == group]
         least, *medians, largest = (
             extreme(float(line[f"variance_{share}"]) for line in own)
             for extreme, share in ((min, 10), (min, 50), (max, 50), (max, 90))

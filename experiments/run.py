@@ -152,9 +152,11 @@ class Runner:
                         print(f"{result['identifier']}: {result['status']} {result['top1']} {result['reason']}")
                         sys.stdout.flush()
         there = self.results()
-        failed = [line["identifier"] for line in there.values() if line["status"] == "failed"]
+        failed = [row.identifier for row in rows if there.get(row.identifier, {}).get("status") == "failed"]
         if failed:
             print(f"failed: {', '.join(failed)}; reasons are in {self.file}", file=sys.stderr)
+        if left := [row.identifier for row in rows if row.start in failed]:
+            print(f"not run, since what they start from failed: {', '.join(left)}", file=sys.stderr)
         complete = all(row.identifier in there for row in rows)
         return INTERRUPTED if self.stopped else int(bool(failed) or not complete)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from experiments import norms, report, rows, run, speed
-from experiments.data import draw_pathfinder, write_fashion
+from experiments.data import MissingData, draw_pathfinder, write_fashion
 from mrconvnext import MRConv2d
 
 OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
@@ -53,13 +53,14 @@ def test_a_row_that_fails_is_kept_and_the_others_go_on(short_rows: list, tmp_pat
         "second-tuned-0": "done",  # and what starts from the one that failed waits for it
     }
     assert "--opt none" in found["first-fails-0"]["reason"]
-    assert "first-fails-0" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "first-fails-0" in errors and short_rows[3].identifier in errors
     done = found[short_rows[0].identifier]
     assert float(done["top1"]) > 12 and float(done["step_ms"]) > 0 and done["steps"] == str(2 * (1437 // 64))
     assert done["commit"] and done["hardware"] and "--seed 0" in done["command"]
     assert float(found[short_rows[2].identifier]["top1"]) > float(done["top1"])
     before = (tmp_path / "results.csv").read_bytes()
-    run.main(["--output", str(tmp_path)])
+    assert run.main(["--output", str(tmp_path)]) == 1
     assert (tmp_path / "results.csv").read_bytes() == before
 
 
@@ -134,6 +135,14 @@ def test_missing_images_say_how_to_get_them(tmp_path: Path, capsys) -> None:
     error = capsys.readouterr().err
     assert "dataset-fashion-mnist" in error and "none" in error and error.count("\n") == 1
     assert not list((tmp_path / "data").glob("fashion*"))
+
+
+def test_damaged_images_name_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    for content in (b"no archive", gzip.compress(bytes(1000))[:-20]):
+        file.write_bytes(content)
+        with pytest.raises(MissingData, match=file.name):
+            write_fashion(tmp_path, tmp_path / "out")
 
 
 def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
