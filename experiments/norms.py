@@ -2,29 +2,27 @@
 
     python -m experiments.norms --output results
 
-Of the first seed of "local taps, parseval" in each group, whose weights OUTPUT/runs must have. OUTPUT/norms.csv gets a
-line for each layer and branch: over its channels, the variance by "parseval" in those of the branch's own output, and
-the distance of the means in its standard deviations.
+Of the first seed of "local taps, parseval" in each group whose weights OUTPUT/runs has. OUTPUT/norms.csv gets a line
+for each layer and branch: over its channels, the variance by "parseval" in those of the branch's own output, and the
+distance of the means in its standard deviations.
 """
 
 import argparse
 import csv
-import datetime
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from experiments.report import BEST, first_rows, held_out, load
-from experiments.run import commit
+from experiments.run import commit, environment, now
 from mrconvnext import MRConv2d
 from mrconvnext.grid import long_conv_image, place_kernel
 
 GROUPS = ("main", "fine-tuning", "pathfinder 32", "pathfinder 48, from 32", "pathfinder 32, batch 32")
 MEASURED = ("layer", "branch", "variance_10", "variance_50", "variance_90", "mean_50", "mean_90")
-COLUMNS = ("group", *MEASURED, "torch", "timm", "commit", "date", "command")
+COLUMNS = ("group", *MEASURED, "hardware", "torch", "timm", "python", "commit", "date", "command")
 
 
 @torch.no_grad()
@@ -33,13 +31,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     output = parser.parse_args().output
     rows = [first_rows()[group, "local taps, parseval"] for group in GROUPS]
-    missing = [path for row in rows if not (path := output / "runs" / row.identifier / BEST).is_file()]
-    if missing:
-        print(f"experiments.norms: no weights in {missing[0]}: run experiments.run first", file=sys.stderr)
+    paths = {row: output / "runs" / row.identifier / BEST for row in rows}
+    rows = [row for row, path in paths.items() if path.is_file()]
+    if not rows:
+        print(f"experiments.norms: no weights, such as {paths.popitem()[1]}: run experiments.run", file=sys.stderr)
         return 2
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    origin = {"torch": torch.__version__, "timm": timm.__version__, "commit": commit(), "date": today}
-    origin["command"] = "python -m experiments.norms --output results"
+    command = f"python -m experiments.norms --output {output.name}"
+    origin = {**environment(), "commit": commit(), "date": now(), "command": command}
     with open(output / "norms.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

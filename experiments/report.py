@@ -56,18 +56,15 @@ def main() -> None:
     add("--document", type=Path, required=True, help="Markdown file whose tables are written")
     add("--publish", type=Path, help="folder for pictures and copies of the CSVs (default: neither)")
     args = parser.parse_args()
-    files = ("--results", args.results / "results.csv"), ("--results", args.results / "norms.csv")
-    for name, path in (*files, ("--document", args.document)):
+    files = [args.results / "results.csv", args.results / "norms.csv"]
+    for name, path in (("--results", files[0]), ("--results", files[1]), ("--document", args.document)):
         if not path.is_file():
             parser.error(f"{name}: {path} is missing")
-    with open(args.results / "results.csv", newline="") as file:
-        results = list(csv.DictReader(file))
-    with open(args.results / "norms.csv", newline="") as file:
-        norms = list(csv.DictReader(file))
+    results, norms = map(read_lines, files)
     text = with_tables(args.document.read_text(), results, read_speeds(args.results / "speed"), norms)
     args.document.write_text(text)
     if args.publish:
-        for path in (*args.results.glob("*.csv"), *(args.results / "speed").rglob("*.csv")):
+        for path in (*files, *(args.results / "speed").rglob("*.csv")):
             copy = args.publish / path.relative_to(args.results)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
@@ -82,26 +79,33 @@ Speeds = dict[tuple[str, int, int, str], float]
 Lines = list[dict[str, str]]  # of a CSV
 
 
+def read_lines(path: Path) -> Lines:
+    """Returns the lines of a CSV."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read_speeds(folder: Path) -> Speeds:
     """Returns images/s by model, side of the images, batch and mode, as experiments.speed measured them."""
     speeds = {}
     for path in folder.rglob("*.csv"):
-        with open(path, newline="") as file:
-            for line in csv.DictReader(file):
-                mode = "training" if line["mode"] == "training step" else "running"
-                if line["images_per_s"] and line["form"] in ("default", FORM_OF_MODE[mode]):
-                    key = (line["model"], int(line["img_size"]), int(line["batch_size"]), mode)
-                    speeds[key] = float(line["images_per_s"])
+        for line in read_lines(path):
+            mode = "training" if line["mode"] == "training step" else "running"
+            if line["images_per_s"] and line["form"] in ("default", FORM_OF_MODE[mode]):
+                key = (line["model"], int(line["img_size"]), int(line["batch_size"]), mode)
+                speeds[key] = float(line["images_per_s"])
     return speeds
 
 
 def with_tables(text: str, results: Lines, speeds: Speeds, norms: Lines) -> str:
     """Returns a document with its tables made anew."""
     for name in re.findall(r"<!-- (?!end)(.+?) -->", text):
-        if name == STATISTICS:
+        if name == NORMS:
+            own = norm_table(results)
+        elif name == STATISTICS:
             own = statistics_table(norms)
         else:
-            own = norm_table(results) if name == NORMS else table(name, results, speeds)
+            own = table(name, results, speeds)
         block = f"<!-- {name} -->\n{own}\n<!-- end -->"
         text = re.sub(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     return text

@@ -110,14 +110,7 @@ class Runner:
         self.args, self.file = args, args.output / "results.csv"
         self.folder_lock = lock
         self.file_lock, self.processes, self.stopped = threading.Lock(), set(), False
-        self.fixed = {
-            "hardware": processor(),
-            "threads": 1,
-            "jobs": args.jobs,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        }
+        self.fixed = {**environment(), "threads": 1, "jobs": args.jobs}
 
     def left(self, rows: list[Row]) -> list[Row]:
         """Returns the rows that have no result."""
@@ -187,7 +180,7 @@ class Runner:
         result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
         result |= {"name": row.name, "seed": row.seed, "data": row.data, "command": shlex.join(command)}
         result |= {"commit": code if code == commit() else f"{code}-changed", "wall_s": round(time.time() - begun)}
-        result["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        result["date"] = now()
         result |= measured(folder, log) if status == 0 else failure(log.read_bytes()[before:], status)
         with self.file_lock:
             append(self.file, result)
@@ -273,6 +266,16 @@ def commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def environment() -> dict[str, str]:
+    """Returns the hardware and versions that numbers depend on."""
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+    return {"hardware": processor(), **versions}
 
 
 def processor() -> str:

@@ -282,8 +282,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def test_published_tables_are_those_of_the_published_results() -> None:
     published = DOCS / "results"
-    with open(published / "results.csv", newline="") as results, open(published / "norms.csv", newline="") as own:
-        lines, statistics = list(csv.DictReader(results)), list(csv.DictReader(own))
+    lines, statistics = (report.read_lines(published / name) for name in ("results.csv", "norms.csv"))
     text = (DOCS / "results.md").read_text()
     assert text.count("<!-- end -->") == 12
     assert report.with_tables(text, lines, report.read_speeds(published / "speed"), statistics) == text
@@ -294,4 +293,4 @@ def test_rows_at_equal_time_take_as_long_as_convnext() -> None:
     seconds = 60_000 / speeds[rows.main_rows()[0].spec, 16, 64, "training"]
     for row in rows.equal_time_rows():
         images = int(row.data.removeprefix("fashion-"))
-        assert images / speeds[row.spec, 16, 64, "training"] == pytest.approx(seconds, rel=0.1), row.name
+        assert 0.9 * seconds < images / speeds[row.spec, 16, 64, "training"] <= 1.03 * seconds, row.name
