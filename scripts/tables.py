@@ -1,10 +1,10 @@
 """Writes the tables of documents from the benchmark's CSVs.
 
-    python scripts/tables.py docs/performance.md docs/training.md
+    python -m scripts.tables docs/performance.md docs/training.md
 
 A table stands between lines such as ``<!-- benchmark/benchmark.csv: model form ms ratio -->``, a path from the
 document's folder and columns of that file, and ``<!-- end -->``. Above it stand the command that the file is from, the
-hardware and the versions. Medians are followed by the least and the largest value, in brackets.
+hardware and the versions. Cells are as the benchmark prints them.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import csv
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from benchmark_throughput import cell
 
 TABLE = re.compile(r"<!-- (\S+\.csv): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?")
 
 HEADERS = {"batch_size": "batch", "img_size": "px", "gflops": "GFLOPs"}
 HEADERS |= {"memory_mib": "peak MiB", "memory_ratio": "peak, ratio"}
-
-# Formats of the numbers; other columns are as they are in the file.
-FORMATS = dict.fromkeys(("ratio", "gflops", "memory_ratio"), ".2f") | dict.fromkeys(("ms", "memory_mib"), ".0f")
-FORMATS["error"] = ".0e"
 
 
 def main() -> None:
@@ -49,19 +49,14 @@ def block(folder: Path, path: str, columns: list[str]) -> str:
     versions = f"torch {first['torch']}, timm {first['timm']}, {first['date'][:10]}"
     origin = f"{first['hardware']}, {first['threads']} threads, {first['dtype']}, {versions};"
     cells = [[HEADERS.get(name, name) for name in columns], ["---"] * len(columns)]
-    cells += [[cell(line, name) for name in columns] for line in lines]
+    cells += [[cell(numbers(line), name) for name in columns] for line in lines]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return "```\n" + " \\\n".join(command) + f"\n```\n\n{origin}\n[all columns]({path})\n\n{table}"
 
 
-def cell(line: dict[str, str], name: str) -> str:
-    """Returns a value; a blank is what does not apply."""
-    if name not in FORMATS or not line[name]:
-        return line[name]
-    value, *ends = (
-        format(float(line[key]), FORMATS[name]) for key in (name, f"{name}_min", f"{name}_max") if key in line
-    )
-    return f"{value} ({' … '.join(ends)})" if len(set(ends)) > 1 else value
+def numbers(line: dict[str, str]) -> dict[str, Any]:
+    """Returns a line with the numbers of its columns that hold such."""
+    return {name: float(text) if NUMBER.fullmatch(text) else text for name, text in line.items()}
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def test_tables_show_medians_with_their_spread(one_process: None, tmp_path: Path
     text = tables.with_tables(document)
     deployed = rows_of(tmp_path)[OURS, "deployed", "2"]
     assert "| model | form | batch | ms | ratio |" in text
-    ratio = f"{float(deployed['ratio']):.2f} ({float(deployed['ratio_min']):.2f} … {float(deployed['ratio_max']):.2f})"
+    ratio = f"{float(deployed['ratio']):.3g} ({float(deployed['ratio_min']):.3g} … {float(deployed['ratio_max']):.3g})"
     assert f"| {OURS} | deployed | 2 |" in text
     assert ratio in text
     assert "old" not in text and "python benchmark_throughput.py" in text
