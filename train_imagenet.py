@@ -389,10 +389,11 @@ def drop_path(args: argparse.Namespace) -> Optional[float]:
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Returns an optimizer with timm's groups, in each of which the kernels are a group of their own."""
     no_decay = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    decay = {"weight_decay": args.weight_decay, "no_weight_decay_list": no_decay}
     if args.layer_decay is None:
-        groups = param_groups_weight_decay(model, args.weight_decay, no_decay)
+        groups = param_groups_weight_decay(model, **decay)
     else:
-        groups = param_groups_layer_decay(model, args.weight_decay, no_decay, layer_decay=args.layer_decay)
+        groups = param_groups_layer_decay(model, **decay, layer_decay=args.layer_decay)
     kernels = {id(model.get_parameter(name)) for name in no_decay} if isinstance(model, MRConvNeXt) else set()
     split = []
     for group in groups:
@@ -402,7 +403,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
                 split.append({**group, "params": own, "lr_scale": scale * group.get("lr_scale", 1.0)})
     options = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
     try:
-        return create_optimizer_v2(split, args.opt, lr=learning_rate(args), weight_decay=args.weight_decay, **options)
+        rates = {"lr": learning_rate(args), "weight_decay": args.weight_decay}
+        return create_optimizer_v2(split, opt=args.opt, **rates, **options)
     except (AssertionError, TypeError, ValueError) as error:
         raise Refused(f"--opt {args.opt}: {error}") from error
 
@@ -438,7 +440,8 @@ class Run:
             step_on_epochs=False,
             updates_per_epoch=self.loaders.steps,
         )
-        self.ema = ModelEmaV3(self.model, args.model_ema_decay, use_warmup=True) if args.model_ema_decay else None
+        averaged = {"decay": args.model_ema_decay, "use_warmup": True}
+        self.ema = ModelEmaV3(self.model, **averaged) if args.model_ema_decay else None
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp_dtype == "float16")
         mixed = is_mixed(args)
         smoothing = 0.0 if args.no_aug else args.smoothing
@@ -621,7 +624,7 @@ class Run:
         if self.processes.count > 1:
             for own in (self.model, self.ema and self.ema.module):
                 if own is not None:
-                    distribute_bn(own, self.processes.count)  # all evaluate what the first process saves
+                    distribute_bn(own, world_size=self.processes.count)  # all evaluate what the first process saves
         row = {"epoch": epoch, "lr": self.rate()}
         row["train_loss"] = sum(self.losses) / len(self.losses)
         row |= self.evaluate(self.model)
