@@ -1,5 +1,6 @@
 """MRConvNeXt for timm: ConvNeXt with global multi-resolution convolutions. Importing it registers the models."""
 
+from .engines import engine
 from .hub import push_to_hub, save
 from .longconv import long_conv, long_conv_reference
 from .mrconv import MRConv1d, MRConv2d
@@ -9,10 +10,11 @@ __all__ = [
     "MRConv1d",
     "MRConv2d",
     "MRConvNeXt",
+    "engine",
     "from_convnext",
     "long_conv",
     "long_conv_reference",
     "push_to_hub",
     "save",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

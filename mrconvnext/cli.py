@@ -145,7 +145,7 @@ def fuse(args: argparse.Namespace) -> int:
 def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
     """Returns images (B, C, H, W) of a folder as the model takes them in evaluation."""
     if not Path(folder).is_dir():
-        raise ValueError(f"--images {folder} is no folder")
+        raise ValueError(f"--images {folder} is not a folder")
     mode = "L" if model.stem[0].in_channels == 1 else "RGB"
     transform = create_transform(**resolve_data_config(model=model))
     dataset = ImageDataset(folder, input_img_mode=mode, transform=transform)
@@ -194,11 +194,12 @@ def describe(layer: MRConv2d) -> str:
     grid = f"grid {height}×{width}, guard {layer.guard}"
     if layer.kernel is not None:
         return f"{layer.channels} channels, {grid}, one kernel of {layer.kernel.shape[1]} lags"
-    directions = "two directions" if layer.bidirectional else "one direction"
+    options = layer.options
+    directions = "two directions" if options.bidirectional else "one direction"
     lengths = ", ".join(str(length) for length in layer.branch_lengths)
     return (
-        f"{layer.channels} channels, {grid}, {layer.kernel_kind} kernels of {lengths} positions in {directions}, "
-        f"norm {layer.branch_norm}, local taps {layer.kernel_size}×{layer.kernel_size}"
+        f"{layer.channels} channels, {grid}, {options.kernel} kernels of {lengths} positions in {directions}, "
+        f"norm {options.branch_norm}, local taps {layer.kernel_size}×{layer.kernel_size}"
     )
 
 

@@ -11,13 +11,11 @@ from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError
-from timm.models import convnext, load_state_dict
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg, convnext, load_state_dict
 from torch import Tensor, nn
 
-from .grid import place_taps
-from .kernels import add_kernels
-from .mrconv import MRConv2d
+from .grid import add_local_taps
+from .mrconv import MRConv2d, check_reference
 
 _logger = logging.getLogger(__name__)
 
@@ -44,28 +42,35 @@ def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
 
 
 def options_of_file(file: Path, classifier: Optional[str] = None) -> dict[str, Any]:
-    """Returns what a checkpoint file says of the model that it is of: ``num_classes`` and, if it is ours, ``img_size``.
+    """Returns what a checkpoint file says of the model that it is of, as arguments of ``timm.create_model``.
+
+    They are ``num_classes`` and, if it is ours, ``img_size`` and a ``patch_size`` other than 4.
 
     Args:
         file: A checkpoint.
-        classifier: Name of the classifier of a model that is no ConvNeXt.
+        classifier: Name of the classifier of a model that is not a ConvNeXt.
 
     Raises:
         ValueError: If it is missing or damaged, holds more than tensors, or is no checkpoint.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is no file")
+        raise ValueError(f"{file} is not a file")
     try:
         weights = load_state_dict(str(file))
         classifiers = [name for name in (f"{classifier}.weight", *CLASSIFIERS) if name in weights]
         options: dict[str, Any] = {"num_classes": len(weights[classifiers[0]]) if classifiers else 0}
     except (AttributeError, EOFError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
-        raise ValueError(f"{file} is damaged or no checkpoint that may be read ({error})") from error
+        raise ValueError(f"{file} is damaged, or not a checkpoint that may be read ({error})") from error
     if any(name.startswith("optimizer.") for name in weights):
-        raise ValueError(f"{file} is what a run needs to go on: take {file.with_name('best.safetensors')}")
+        raise ValueError(f"{file} is what a run needs to resume: take {file.with_name('best.safetensors')}")
     grid = weights.get("stages.0.blocks.0.conv_dw.grid")
     if grid is not None:
-        options["img_size"] = tuple(4 * side for side in grid.tolist()[:2])
+        patch_size = weights["stem.0.weight"].shape[-1]
+        if patch_size in (3, 4):  # a stem of two 3×3 convolutions has stride 4 as well
+            patch_size = 4
+        else:
+            options["patch_size"] = patch_size
+        options["img_size"] = tuple(patch_size * side for side in grid.tolist()[:2])
     return options
 
 
@@ -142,9 +147,9 @@ def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor
     if layer.kernel is None:
         own |= {"weight": weight, "alpha": torch.zeros_like(layer.alpha)}
     else:
-        reference = weight.new_empty((1, 1, *layer.reference_grid))
-        taps = place_taps(weight, layer.dilation, reference, layer.guard)
-        own |= {"kernel": add_kernels(taps.new_zeros(layer.kernel.shape), taps), "bias": torch.zeros_like(layer.bias)}
+        reference, zeros = weight.new_empty((1, 1, *layer.reference_grid)), torch.zeros_like(layer.kernel)
+        taps = add_local_taps(zeros, weight.to(zeros), layer.dilation, reference, layer.guard)
+        own |= {"kernel": taps, "bias": torch.zeros_like(layer.bias)}
     return own if bias is None else {**own, "bias": bias}
 
 
@@ -154,7 +159,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MRConv2d)}
     # The layers look after their shapes, and after what is missing where their form changes.
     for name, layer in layers.items():
-        layer.check_reference(state_dict, f"{name}.")
+        check_reference(layer, state_dict, f"{name}.")
     changing = [name for name, layer in layers.items() if (layer.kernel is None) == (f"{name}.kernel" in state_dict)]
     free = ("head.fc.", *(f"{name}." for name in changing))
     missing, unexpected = (

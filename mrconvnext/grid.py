@@ -1,4 +1,4 @@
-"""How an image becomes a sequence and back, how a kernel moves to an image of another size, and their convolution.
+"""How an image becomes a sequence and back, how a kernel moves to an image of another size, and where pixels meet.
 
 Rows are laid out one after the other, each followed by ``guard`` columns of zeros, so that a row takes
 ``stride = width + guard`` positions and the tap (dr, dc) of a 2D kernel is the lag dr·stride + dc. A tap with
@@ -9,11 +9,9 @@ Rows are laid out one after the other, each followed by ``guard`` columns of zer
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .derived import is_eager
-from .kernels import at_least_float32
-from .longconv import autocorrelation, convolve_spectrum, crop_lags, fft_length, long_conv, spectrum
+from .constants import constant, shape_of
+from .kernels import product
 
 
 def to_sequence(x: Tensor, guard: int) -> Tensor:
@@ -27,15 +25,18 @@ def to_image(u: Tensor, height: int, guard: int) -> Tensor:
     return rows[..., : rows.shape[3] - guard]
 
 
+# Kernels of another size
+
+
 def lag_map(kernel: Tensor, stride: int) -> Tensor:
     """Returns a two-sided kernel (…, 2·M − 1) as rows of ``stride`` lags, (…, 2·R + 1, stride).
 
     Row R holds the lags −(stride // 2) … stride − stride // 2 − 1; lags beyond the kernel's are zero.
     """
-    reach = kernel.shape[-1] // 2
-    rows = (reach + stride // 2) // stride
-    before = rows * stride + stride // 2 - reach
-    after = (2 * rows + 1) * stride - kernel.shape[-1] - before
+    lags = shape_of(kernel)[-1]
+    rows = (lags // 2 + stride // 2) // stride
+    before = rows * stride + stride // 2 - lags // 2
+    after = (2 * rows + 1) * stride - lags - before
     return F.pad(kernel, (before, after)).unflatten(-1, (2 * rows + 1, stride))
 
 
@@ -44,142 +45,156 @@ def from_lag_map(lags: Tensor, stride: int) -> Tensor:
 
     Column ``columns // 2`` of the map is dc = 0. No interpolation: the tap (dr, dc) becomes the lag dr·stride + dc.
     """
-    columns = lags.shape[-1]
+    columns = shape_of(lags)[-1]
     before = stride // 2 - columns // 2
     kernel = F.pad(lags, (before, stride - columns - before)).flatten(-2)
     # An even stride has one more column before the centre than behind it.
     return F.pad(kernel, (0, 1 - stride % 2))
 
 
-def restride(kernel: Tensor, old: int, new: int) -> Tensor:
-    """Returns a two-sided kernel for images with row stride ``old`` as one for row stride ``new``.
+@torch.fx.wrap
+def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
+    """Returns a two-sided kernel (…, 2·M − 1) made for rows of ``row_stride`` positions for images like ``x``.
 
-    Args:
-        kernel: Two-sided kernel (…, 2·M − 1).
-        old: Row stride that the kernel was made for.
-        new: Row stride of the image that it is to be used on.
-
-    Returns:
-        Two-sided kernel; its length is as the rows need.
+    It is cut to the lags that two positions of such an image can have, or has fewer.
     """
-    if old == new:
-        return kernel
-    return from_lag_map(lag_map(kernel, old), new)
+    if torch.jit.is_scripting():
+        return _place_kernel(kernel, row_stride, x, guard)
+    elif torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        return _place_kernel_in_trace(kernel, row_stride, x, guard)
+    else:
+        return _place_kernel(kernel, row_stride, x, guard)
 
 
-def local_kernel(weight: Tensor, dilation: int, stride: int) -> Tensor:
-    """Returns the two-sided kernel (C, …) that acts as a zero-padded depthwise 2D convolution does.
+def _place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
+    height, width = shape_of(x)[2:]
+    stride = width + guard
+    if row_stride != stride:
+        kernel = from_lag_map(lag_map(kernel, row_stride), stride)
+    reach = shape_of(kernel)[-1] // 2
+    keep = min(reach, height * stride - 1)
+    return kernel[..., reach - keep : reach + keep + 1]
+
+
+# A trace that holds the function runs at other sizes of images than its own. An ONNX file has one.
+_place_kernel_in_trace = torch.jit.script_if_tracing(_place_kernel)
+
+
+# Local taps
+
+
+def local_positions(
+    kernel_size: int, dilation: int, height: int, width: int, guard: int, reach: int, device: torch.device
+) -> Tensor:
+    """Returns which of k×k taps connect two pixels of an image, as indices into k·k, and where they stand: (2, taps).
+
+    The latter are positions in a two-sided kernel of largest lag ``reach``.
+    """
+    inside: list[int] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    for tap in range(kernel_size * kernel_size):
+        # conv2d correlates, where a long convolution convolves: the tap after the centre is for the pixel before.
+        row = (kernel_size // 2 - tap // kernel_size) * dilation
+        column = (kernel_size // 2 - tap % kernel_size) * dilation
+        if abs(row) < height and abs(column) < width:
+            inside.append(tap)
+            rows.append(row)
+            columns.append(column)
+    lags = torch.tensor(rows, device=device) * (width + guard) + torch.tensor(columns, device=device)
+    return torch.stack([torch.tensor(inside, device=device), lags + reach])
+
+
+_local_positions = constant(local_positions)
+
+
+@torch.fx.wrap
+def add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
+    """Returns a kernel for images like ``x`` plus the one that acts as a zero-padded depthwise convolution does.
 
     Args:
+        kernel: Two-sided kernel (C, 2·M − 1), placed for images like ``x``.
         weight: Weight (C, 1, k, k) of a depthwise ``Conv2d``, k odd.
         dilation: Distance of its taps in pixels.
-        stride: Row stride, with a guard of at least ``dilation · (k // 2)`` columns.
+        x: Images (B, C, H, W).
+        guard: Columns of zeros between rows, at least ``dilation · (k // 2)``.
     """
-    taps = weight.squeeze(1).flip(1, 2)  # conv2d correlates, long_conv convolves
-    size = dilation * (weight.shape[-1] - 1) + 1
-    lags = taps.new_zeros((taps.shape[0], size, size))
-    lags[:, ::dilation, ::dilation] = taps
-    return from_lag_map(lags, stride)
+    if torch.jit.is_scripting() or not torch.jit.is_tracing():
+        return _add_local_taps(kernel, weight, dilation, x, guard)
+    else:
+        return _add_local_taps_in_trace(kernel, weight, dilation, x, guard)
 
 
-def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
-    """Returns a kernel made for row stride ``row_stride`` for images like ``x``, cut to the lags between two pixels."""
-    stride = x.shape[3] + guard
-    return crop_lags(restride(kernel, row_stride, stride), x.shape[2] * stride)
+def _add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
+    height, width = x.shape[2], x.shape[3]
+    missing = max(0, height * (width + guard) - 1 - kernel.shape[-1] // 2)
+    if missing > 0:
+        kernel = F.pad(kernel, (missing, missing))
+    reach = kernel.shape[-1] // 2
+    if torch.jit.is_scripting():
+        positions = local_positions(weight.shape[3], dilation, height, width, guard, reach, kernel.device)
+    else:
+        positions = _local_positions(weight.shape[3], dilation, height, width, guard, reach, kernel.device)
+    taps = weight.flatten(1).to(kernel.dtype)
+    if positions.shape[1] < taps.shape[1]:
+        taps = taps[:, positions[0]]
+    return kernel.index_add(1, positions[1], taps)
 
 
-def place_taps(weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
-    """Returns the kernel of k×k taps (C, 1, k, k) for images like ``x``."""
-    stride = x.shape[3] + guard
-    return crop_lags(local_kernel(at_least_float32(weight), dilation, stride), x.shape[2] * stride)
+_add_local_taps_in_trace = torch.jit.script_if_tracing(_add_local_taps)
 
 
-def pair_weights(x: Tensor, guard: int) -> Tensor:
-    """Returns for every lag the root of the share of pixels that have a pixel there, (2·L − 1), in float64.
+# What the pixels of an image make of a kernel
+
+
+def pair_counts(height: int, width: int, guard: int, device: torch.device) -> Tensor:
+    """Returns the number of pixels that have a pixel at each lag 0 … H·(W + guard) − 1, in float64."""
+    stride = width + guard
+    lag = torch.arange(height * stride, device=device)
+    row, column = lag // stride, lag % stride
+    same = (width - column).clamp(min=0) * (height - row)
+    wrapped = (width + column - stride).clamp(min=0) * (height - row - 1)
+    return (same + wrapped).to(torch.float64)
+
+
+def pair_weights(height: int, width: int, guard: int, device: torch.device) -> Tensor:
+    """Returns for every lag the root of the share of pixels that have a pixel there, (2·H·(W + guard) − 1), in float64.
 
     With white noise on the pixels a kernel times these weights has the energy in its full convolution that the kernel
     has on the pixels: the square at a lag counts once for each pair of pixels that far apart.
     """
-    image = torch.ones((1, 1, x.shape[2], x.shape[3]), dtype=torch.float64, device=x.device)
-    n, length = image_fft_length(x, guard), x.shape[2] * (x.shape[3] + guard)
-    pairs = autocorrelation(spectrum(to_sequence(image, guard), n), n, length)[0].round()
+    pairs = pair_counts(height, width, guard, device)
     return (torch.cat([pairs[1:].flip(0), pairs]) / pairs[0]).sqrt()
 
 
-def responses_to_ones(kernels: list[Tensor], x: Tensor, guard: int) -> tuple[Tensor, Tensor]:
-    """Returns variance and mean over the pixels, (kernels, C), of what kernels make of an image of ones.
+def window(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns the matrix (size, 2·size − 1) that sums every ``size`` neighbours."""
+    column = torch.arange(2 * size - 1, device=device) - torch.arange(size, device=device)[:, None]
+    return ((column >= 0) & (column < size)).to(dtype)
+
+
+_window = constant(window)
+
+
+def responses_to_ones(kernels: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
+    """Returns variance and mean over the pixels, (…), of what kernels make of an image of ones.
 
     Args:
-        kernels: Two-sided kernels (C, 2·M − 1), placed for images like ``x``.
-        x: Images (B, C, H, W).
+        kernels: Two-sided kernels (…, 2·M − 1), placed for images (H, W).
+        height: Height of the images.
+        width: Width of the images.
         guard: Columns of zeros between rows.
     """
-    variances: list[Tensor] = []
-    means: list[Tensor] = []
-    for kernel in kernels:
-        variance, mean = _response_to_ones(kernel, x.shape[2], x.shape[3], guard)
-        variances.append(variance)
-        means.append(mean)
-    return torch.stack(variances), torch.stack(means)
-
-
-def _response_to_ones(kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
-    if not torch.jit.is_scripting():
-        if is_eager(kernel):
-            return _ResponseToOnes.apply(kernel, height, width, guard)
-    return _moments_of_response(kernel, height, width, guard)
-
-
-def _moments_of_response(kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
-    """Sums W lags, and H rows of those. Rows from which a short kernel reaches no edge are alike: one is computed."""
     stride = width + guard
-    rows = min(height, 2 * ((kernel.shape[-1] // 2 + width - 1) // stride) + 1)
-    kernel = crop_lags(kernel, rows * stride - guard)
-    missing = rows * stride - guard - 1 - kernel.shape[-1] // 2
-    sums = _moving_sum(kernel, width, missing, missing + guard).unflatten(-1, (2 * rows - 1, stride))
-    response = _moving_sum(sums[..., :width].transpose(1, 2), rows)  # (C, W, rows)
-    counts = torch.ones(rows, dtype=kernel.dtype, device=kernel.device)
-    counts[rows // 2] += height - rows
-    mean = (response.sum(1) * counts).sum(-1) / (height * width)
-    squares = (response - mean[:, None, None]).square()
-    return (squares.sum(1) * counts).sum(-1) / (height * width), mean
-
-
-class _ResponseToOnes(torch.autograd.Function):
-    """`_moments_of_response`, computed again for the backward pass: responses take as much as images do."""
-
-    @staticmethod
-    def forward(ctx, kernel: Tensor, height: int, width: int, guard: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(kernel)
-        ctx.size = height, width, guard
-        return _moments_of_response(kernel, height, width, guard)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        kernel = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            moments = _moments_of_response(kernel, *ctx.size)
-        return *torch.autograd.grad(moments, kernel, grads), None, None, None
-
-
-def _moving_sum(x: Tensor, count: int, before: int = 0, after: int = 0) -> Tensor:
-    """Returns the sums of every ``count`` neighbours in the last dimension, with zeros ``before`` and ``after`` it."""
-    sums = F.pad(x, (before + 1, after)).cumsum(-1)
-    return sums[..., count:] - sums[..., :-count]
-
-
-def image_fft_length(x: Tensor, guard: int) -> int:
-    """Returns an FFT length for images like ``x`` and kernels of any reach."""
-    return fft_length(2 * x.shape[2] * (x.shape[3] + guard) - 1)
-
-
-def convolve_image(u_spectrum: Tensor, kernel: Tensor, n: int, x: Tensor, guard: int) -> Tensor:
-    """Returns the image, of ``x``'s size, that a kernel makes of the sequence with spectrum ``u_spectrum``."""
-    length = x.shape[2] * (x.shape[3] + guard)
-    return to_image(convolve_spectrum(u_spectrum, kernel, n, length), x.shape[2], guard)
-
-
-def long_conv_image(x: Tensor, kernel: Tensor, guard: int) -> Tensor:
-    """Returns images ``x`` convolved with a kernel that was placed for their size."""
-    return to_image(long_conv(to_sequence(x, guard), kernel), x.shape[2], guard)
+    if torch.jit.is_scripting():
+        over_rows = window(height, kernels.dtype, kernels.device)
+        over_columns = window(width, kernels.dtype, kernels.device)
+    else:
+        over_rows = _window(height, kernels.dtype, kernels.device)
+        over_columns = _window(width, kernels.dtype, kernels.device)
+    # A row of lags for each row of pixels above and below, each from −(W − 1) to W − 1.
+    missing = (height - 1) * stride + width - 1 - kernels.shape[-1] // 2
+    lags = F.pad(kernels, (missing, missing)).flatten(0, -2).unfold(-1, 2 * width - 1, stride)  # (…, 2H − 1, 2W − 1)
+    sums = product(over_rows.expand(len(lags), -1, -1), product(lags, over_columns.t().expand(len(lags), -1, -1)))
+    variance, mean = torch.var_mean(sums, dim=(-2, -1), correction=0)  # of (…, H, W)
+    return variance.view(kernels.shape[:-1]), mean.view(kernels.shape[:-1])

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, Optional, Union
 
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from timm.models import save_for_hf
-from timm.models._hub import generate_readme
 from torch import Tensor, nn
 
 from .mrconv import MRConv2d
@@ -32,7 +31,21 @@ DESCRIPTION = (
     "multi-resolution convolutions ([MRConv, NeurIPS 2024](https://arxiv.org/abs/2408.09453))."
 )
 
-USAGE = """```python
+CARD = """---
+{data}
+---
+
+# Model card for {title}
+
+{description}
+
+## Model Details
+
+{details}
+
+## Model Usage
+
+```python
 import timm
 import mrconvnext  # registers the models
 
@@ -199,8 +212,17 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def _check_model(model: nn.Module) -> None:
+    """Raises if timm could not make such a model again."""
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"model must be an MRConvNeXt, got {type(model).__name__}")
+    classifier = getattr(model.head, "fc", None)
+    outputs = {nn.Linear: lambda: classifier.out_features, nn.Identity: lambda: 0}.get(type(classifier), lambda: None)()
+    if outputs != model.num_classes:
+        raise ValueError(
+            f"model.head was replaced: it is {type(model.head).__name__}, its classifier {classifier}, and the model was "
+            f"made for num_classes={model.num_classes}. Change the classes with model.reset_classifier(num_classes), "
+            "0 for none, so that timm can make the model again."
+        )
 
 
 def _check_folder(folder: Path, deployed: bool) -> None:
@@ -245,8 +267,7 @@ def _write(
             f"model_args: {json.dumps(arguments)}"
         )
     _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
-    card = generate_readme(_card(exported, name, found, metrics), name.partition(":")[2].rpartition("/")[2])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(_card(exported, name, found, metrics), encoding="utf-8")
     return found
 
 
@@ -283,8 +304,8 @@ def _arguments(model: MRConvNeXt, given: Optional[dict[str, Any]]) -> dict[str, 
     return arguments
 
 
-def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what a model's card says, for timm's ``generate_readme``."""
+def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[str, Any]]) -> str:
+    """Returns a model's card: what the Hub reads of it, then text."""
     cfg = model.pretrained_cfg
     details = {
         "Architecture": cfg["architecture"],
@@ -298,10 +319,12 @@ def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[st
     }
     license = cfg.get("license") or "apache-2.0"
     known = {"license": license} if license in KNOWN_LICENSES else {"license": "other", "license_name": license}
-    return {
-        "tags": ["image-classification", "timm", "mrconvnext"],
-        **known,
-        "description": DESCRIPTION,
-        "details": details,
-        "usage": USAGE.format(name=name),
-    }
+    tags = ["image-classification", "timm", "mrconvnext"]
+    data = ModelCardData(tags=tags, pipeline_tag="image-classification", library_name="timm", **known)
+    return CARD.format(
+        data=data.to_yaml(),
+        title=name.partition(":")[2].rpartition("/")[2],
+        description=DESCRIPTION,
+        details="\n".join(f"- **{key}:** {value}" for key, value in details.items()),
+        name=name,
+    )

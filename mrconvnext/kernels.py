@@ -1,16 +1,24 @@
-"""How a kernel is parameterized: a few real numbers a channel give a kernel of any length.
+"""How kernels are parameterized: a few real numbers a channel give a kernel of any length.
+
+A layer has N branches, each with a kernel for D directions (1 or 2) and C channels. The parameters of all of them are
+stacked, and all kernels are evaluated at once as two-sided kernels (N, C, 2·L − 1): lag 0 in the middle, where both
+directions start and add; L is the longest branch's length, and shorter kernels are zero beyond theirs.
 
 Every parameterization has as many parameters for a long kernel as for a short one (MRConv, Cunningham et al. 2024,
-section 3), and starts with an expected energy Σ k[lag]² of 1 a channel, so that branches of different length start
-with outputs of about the same scale. The paper does not state the number of Fourier modes and sparse taps, nor how
-the parameters start; what stands here is our choice.
+section 3), and starts with an expected energy Σ k[lag]² of 1 a channel and direction, so that branches of different
+length start with outputs of about the same scale. The paper does not state the number of Fourier modes and sparse taps,
+nor how the parameters start; what stands here is our choice.
 """
 
-from typing import Optional
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .constants import constant
 
 
 @torch.fx.wrap
@@ -19,256 +27,363 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-# Each kernel is computed in one function of its parameters, which FX keeps as one node.
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Returns a context in which products of tensors like ``x`` are taken in their own precision."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def fourier_basis(
+    lengths: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Returns what each Fourier coefficient adds to a two-sided kernel, (N, directions · modes · 2, 2·L − 1).
+
+    The rows are those of the unitary inverse real transform of each branch's length: real and imaginary part of mode 0,
+    of mode 1, and so on. Modes that a length does not have are zero.
+    """
+    lag = torch.arange(lengths[-1], device=device)
+    rows: list[Tensor] = []
+    for length in lengths:
+        mode = torch.arange(modes, device=device)
+        # Whole turns are taken off as integers: the angle is exact however long the kernel.
+        angle = (2 * math.pi / length) * (mode[:, None] * lag % length).to(torch.float64)  # (modes, L)
+        doubled = (mode > 0) & (2 * mode < length)  # these have a conjugate
+        scale = (2 * mode <= length).to(torch.float64) * (1 + doubled.to(torch.float64)) / math.sqrt(length)
+        inside = (lag < length).to(torch.float64) * scale[:, None]
+        parts = torch.stack([inside * angle.cos(), -inside * doubled[:, None] * angle.sin()], 1)
+        rows.append(parts.flatten(0, 1))  # (modes · 2, L)
+    return _towards_both(torch.stack(rows), directions).to(dtype)
+
+
+def dilated_basis(lengths: list[int], directions: int, taps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns where each dilated tap stands in a two-sided kernel, (N, directions · taps, 2·L − 1)."""
+    lag = torch.arange(lengths[-1], device=device)
+    tap = torch.arange(taps, device=device)
+    rows: list[Tensor] = []
+    for length in lengths:
+        position = tap * max(1, length // taps)
+        rows.append((position[:, None] == lag) & (position[:, None] < length))
+    return _towards_both(torch.stack(rows), directions).to(dtype)
+
+
+def _towards_both(causal: Tensor, directions: int) -> Tensor:
+    """Returns rows (N, P, L) over lags 0 … L − 1 as rows (N, directions · P, 2·L − 1), those of each direction."""
+    zeros = torch.zeros_like(causal[..., 1:])
+    ahead = torch.cat([zeros, causal], -1)
+    return ahead if directions == 1 else torch.cat([ahead, torch.cat([causal.flip(-1), zeros], -1)], 1)
+
+
+_fourier_basis = constant(lambda lengths, *args: fourier_basis(list(lengths), *args))
+_dilated_basis = constant(lambda lengths, *args: dilated_basis(list(lengths), *args))
 
 
 @torch.fx.wrap
-def dilated_kernel(values: Tensor, length: int) -> Tensor:
-    """Returns the kernel (C, length) with ``values`` (C, taps) at evenly spaced lags."""
-    spacing = max(1, length // values.shape[1])
-    kernel = F.pad(at_least_float32(values).unsqueeze(-1), (0, spacing - 1)).flatten(1)
-    return F.pad(kernel, (0, length - kernel.shape[1]))
+def fourier_kernels(coefficients: Tensor, scale: Optional[Tensor], lengths: list[int]) -> Tensor:
+    """Returns the kernels (N, C, 2·L − 1) with Fourier coefficients (N, C, D, modes, 2), each times a scale (N, C, D)."""
+    directions, modes = coefficients.shape[2], coefficients.shape[3]
+    values = _scaled(coefficients.flatten(3), scale)
+    if torch.jit.is_scripting():
+        basis = fourier_basis(lengths, directions, modes, values.dtype, values.device)
+    else:
+        basis = _fourier_basis(tuple(lengths), directions, modes, values.dtype, values.device)
+    return _combined(values, basis)
 
 
 @torch.fx.wrap
-def fourier_kernel(coefficients: Tensor, length: int) -> Tensor:
-    """Returns the kernel (C, length) with the lowest modes ``coefficients`` (C, modes, 2), by the unitary transform."""
-    return torch.fft.irfft(torch.view_as_complex(at_least_float32(coefficients)), n=length, norm="ortho")
-
-
-@torch.fx.wrap
-def sparse_kernel(values: Tensor, lags: Tensor, length: int) -> Tensor:
-    """Returns the kernel (C, length) with ``values`` (C, taps) at ``lags`` (C, taps), all different."""
+def dilated_kernels(values: Tensor, lengths: list[int]) -> Tensor:
+    """Returns the kernels (N, C, 2·L − 1) with values (N, C, D, taps) at evenly spaced lags."""
+    directions, taps = values.shape[2], values.shape[3]
     values = at_least_float32(values)
-    return values.new_zeros((values.shape[0], length)).scatter(1, lags.to(torch.int64), values)
+    if torch.jit.is_scripting():
+        basis = dilated_basis(lengths, directions, taps, values.dtype, values.device)
+    else:
+        basis = _dilated_basis(tuple(lengths), directions, taps, values.dtype, values.device)
+    return _combined(values, basis)
+
+
+def _scaled(values: Tensor, scale: Optional[Tensor]) -> Tensor:
+    values = at_least_float32(values)
+    return values if scale is None else values * at_least_float32(scale).unsqueeze(-1)
+
+
+def _combined(values: Tensor, basis: Tensor) -> Tensor:
+    """Returns Σ_p values (N, C, D, P) · basis (N, D · P, 2·L − 1), in full precision under autocast as well."""
+    return product(values.flatten(2), basis)
+
+
+class _Product(torch.autograd.Function):
+    """``torch.bmm`` in the precision of its arguments, in the backward pass as well, whatever autocast says there."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a):
+            return torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        a, b = ctx.saved_tensors
+        for_a, for_b = ctx.needs_input_grad
+        return product(grad, b.mT) if for_a else None, product(a.mT, grad) if for_b else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the products of matrices (n, i, j) and (n, j, k), computed in their own precision under autocast too."""
+    if torch.jit.is_scripting():
+        return torch.bmm(a, b)
+    else:
+        return _Product.apply(a, b)
 
 
 @torch.fx.wrap
-def rescaled(values: Tensor, scale: Tensor) -> Tensor:
-    """Returns parameters ``values`` (C, …) times a scale (C)."""
-    return at_least_float32(values) * at_least_float32(scale).unflatten(0, [-1] + [1] * (values.dim() - 1))
+def add_taps(kernels: Tensor, values: Tensor, scale: Optional[Tensor], positions: Tensor) -> Tensor:
+    """Returns kernels (N, C, 2·L − 1) plus values (N, C, D, taps) at positions (N, C, D · taps)."""
+    return kernels.scatter_add(2, positions, _scaled(values, scale).flatten(2))
 
 
 @torch.fx.wrap
-def two_sided_kernel(causal: Tensor, anticausal: Optional[Tensor]) -> Tensor:
-    """Returns the kernel (C, 2·length − 1) of two kernels (C, length), lag 0, where they add, in the middle."""
-    if anticausal is None:
-        return F.pad(causal, (causal.shape[-1] - 1, 0))
-    middle = causal[..., :1] + anticausal[..., :1]
-    return torch.cat([anticausal[..., 1:].flip(-1), middle, causal[..., 1:]], -1)
+def sparse_kernels(values: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Returns the kernels (N, C, 2·length − 1) that are zero but for values (N, C, D, taps) at positions."""
+    values = at_least_float32(values)
+    zeros = values.new_zeros((values.shape[0], values.shape[1], 2 * length - 1))
+    return add_taps(zeros, values, None, positions)
 
 
-class DilatedKernel(nn.Module):
-    """A kernel with evenly spaced taps whose spacing grows with its length (MRConv, section 3: dilated).
+class DilatedKernels(nn.Module):
+    """Kernels of evenly spaced taps whose spacing grows with the length (MRConv, section 3: dilated).
 
     Args:
         channels: Number of channels C.
-        length: Number of lags; the taps lie ``length // taps`` lags apart.
-        taps: Number of taps a channel. Where the kernel is shorter than that, the taps beyond its end have no effect.
+        lengths: Length of every branch's kernel in lags, growing.
+        directions: Number of directions D, 1 or 2.
+        taps: Number of taps, ``length // taps`` lags apart. Taps beyond a kernel's end have no effect.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
 
-    def __init__(self, channels: int, length: int, taps: int = 16, device=None, dtype=None) -> None:
+    def __init__(
+        self, channels: int, lengths: Sequence[int], directions: int, taps: int, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
-        self.length = length
-        self.values = nn.Parameter(torch.empty(channels, taps, device=device, dtype=dtype))
-        nn.init.normal_(self.values, std=min(taps, length) ** -0.5)
+        self.lengths = list(lengths)
+        values = torch.empty(len(lengths), channels, directions, taps, device=device, dtype=dtype)
+        for own, length in zip(values, lengths):
+            nn.init.normal_(own, std=min(taps, length) ** -0.5)
+        self.values = nn.Parameter(values)
 
     def forward(self) -> Tensor:
-        """Returns the kernel (C, length)."""
-        return dilated_kernel(self.values, self.length)
+        """Returns the kernels (N, C, 2·L − 1)."""
+        return dilated_kernels(self.values, self.lengths)
 
 
-class FourierKernel(nn.Module):
-    """A smooth kernel given by its lowest Fourier modes (MRConv, section 3: Fourier).
+class FourierKernels(nn.Module):
+    """Smooth kernels given by their lowest Fourier modes (MRConv, section 3: Fourier).
 
     The coefficients are real and imaginary parts as pairs of real numbers. The transform is unitary, where the paper
     divides by the length: the factor √length between the two makes the start independent of the length.
 
     Args:
-        channels: Number of channels C.
-        length: Number of lags.
+        channels: See `DilatedKernels`, as for the arguments that are not here.
         modes: Number of lowest modes, the constant one included. A kernel has ``length // 2 + 1`` modes in all; where
             that is less, the surplus coefficients have no effect.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
-    def __init__(self, channels: int, length: int, modes: int = 16, device=None, dtype=None) -> None:
+    def __init__(
+        self, channels: int, lengths: Sequence[int], directions: int, modes: int, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
-        self.length = length
-        self.coefficients = nn.Parameter(torch.empty(channels, modes, 2, device=device, dtype=dtype))
+        self.lengths = list(lengths)
+        self.coefficients = _fourier_coefficients(channels, lengths, directions, modes, device, dtype)
+
+    def forward(self) -> Tensor:
+        """Returns the kernels (N, C, 2·L − 1)."""
+        return fourier_kernels(self.coefficients, None, self.lengths)
+
+
+def _fourier_coefficients(
+    channels: int, lengths: Sequence[int], directions: int, modes: int, device: Any, dtype: Any
+) -> nn.Parameter:
+    coefficients = torch.empty(len(lengths), channels, directions, modes, 2, device=device, dtype=dtype)
+    for own, length in zip(coefficients, lengths):
         # The energy is that of all modes: each has two parts and a conjugate, but for the constant and, where the
         # length is even, the highest mode, which are real and alone.
         used = min(modes, length // 2 + 1)
         alone = 1 if 2 * (used - 1) < length else 2
-        nn.init.normal_(self.coefficients, std=(4 * (used - alone) + alone) ** -0.5)
-
-    def forward(self) -> Tensor:
-        """Returns the kernel (C, length)."""
-        return fourier_kernel(self.coefficients, self.length)
+        nn.init.normal_(own, std=(4 * (used - alone) + alone) ** -0.5)
+    return nn.Parameter(coefficients)
 
 
-class SparseKernel(nn.Module):
-    """A kernel that is zero but at a few lags, drawn once and then fixed (MRConv, section 3: sparse).
+class SparseKernels(nn.Module):
+    """Kernels that are zero but at a few lags, drawn once and then fixed (MRConv, section 3: sparse).
 
-    Every channel has lags of its own; they are kept with the weights. The paper does not say whether channels share
-    them: with lags of its own for each, a layer's channels together cover the whole length.
+    Every channel has lags of its own. The paper does not say whether channels share them: with lags of its own for
+    each, a layer's channels together cover the whole length. Lags travel in the state dict, as ``lags`` (N, C, D,
+    taps), but are no buffer: averages of weights and casts to another dtype must leave them what they are.
 
     Args:
-        channels: Number of channels C.
-        length: Number of lags.
-        taps: Number of lags that are not zero, at most ``length``.
-        generator: Source of the lags, on the CPU; the global generator is left alone. Default: one with seed 0.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        channels: See `DilatedKernels`, as for the arguments that are not here.
+        taps: Number of lags that are not zero, at most the shortest length.
+        seed: Seed of the lags; the global generator is left alone.
     """
 
-    lags: Tensor
+    positions: Tensor
+    __jit_unused_properties__ = ["lags"]
 
     def __init__(
         self,
         channels: int,
-        length: int,
-        taps: int = 16,
-        generator: Optional[torch.Generator] = None,
-        device=None,
-        dtype=None,
+        lengths: Sequence[int],
+        directions: int,
+        taps: int,
+        seed: int = 0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.length = length
-        taps = min(taps, length)
-        generator = generator or torch.Generator("cpu").manual_seed(0)
-        lags = torch.rand(channels, length, generator=generator, device="cpu").topk(taps).indices
-        self.register_buffer("lags", lags.to(device=device or torch.get_default_device(), dtype=torch.int32))
-        self.values = nn.Parameter(torch.empty(channels, taps, device=device, dtype=dtype))
+        self.lengths = list(lengths)
+        self.directions = directions
+        taps = min(taps, *lengths)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        draws = [torch.rand(channels, directions, n, generator=generator, device="cpu") for n in lengths]
+        self._place(torch.stack([draw.topk(taps).indices for draw in draws]))
+        self.values = nn.Parameter(torch.empty(self.lags.shape, device=device, dtype=dtype))
         nn.init.normal_(self.values, std=taps**-0.5)
+        self._follow_device()
+        self.register_state_dict_post_hook(_write_lags)
+        self.register_load_state_dict_pre_hook(_read_lags)
 
     def forward(self) -> Tensor:
-        """Returns the kernel (C, length)."""
-        return sparse_kernel(self.values, self.lags, self.length)
+        """Returns the kernels (N, C, 2·L − 1)."""
+        return sparse_kernels(self.values, self.positions, self.lengths[-1])
+
+    @property
+    def lags(self) -> Tensor:
+        """The distances (N, C, D, taps) from lag 0, in each direction."""
+        return (self.positions - (self.lengths[-1] - 1)).abs().unflatten(2, (self.directions, -1))
+
+    def _place(self, lags: Tensor) -> None:
+        """Takes lags (N, C, D, taps) for its own: as positions in the two-sided kernels, (N, C, D · taps)."""
+        sign = torch.tensor([1, -1][: self.directions], device=lags.device)
+        self.positions = (self.lengths[-1] - 1 + sign[:, None] * lags.to(torch.int64)).flatten(2)
+
+    def _follow_device(self) -> None:
+        if not self.values.is_meta:
+            self.positions = self.positions.to(self.values.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SparseKernels":
+        # Every move of a module goes through here. PyTorch has no public hook for tensors that are no buffers.
+        super()._apply(fn, recurse)
+        self._follow_device()
+        return self
 
 
-class FourierSparseKernel(nn.Module):
-    """The rescaled sum of a Fourier and a sparse kernel of equal length (MRConv, section 3: linear rescaling).
+def _write_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    state_dict[prefix + "lags"] = module.lags.to(torch.int32)
+
+
+def _read_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Takes the lags of a state dict.
+
+    Raises:
+        RuntimeError: If they are not as many as the layer's, not whole, out of range, or twice the same.
+    """
+    given = state_dict.pop(prefix + "lags", None)
+    if given is None:
+        if prefix + "values" in state_dict:
+            raise RuntimeError(f"{prefix}lags is missing in the state dict, which has {prefix}values at these lags")
+        return
+    own = module.lags
+    if given.is_floating_point() or given.shape != own.shape:
+        raise RuntimeError(
+            f"{prefix}lags must be integers {tuple(own.shape)}, got {given.dtype} {tuple(given.shape)} in the state dict"
+        )
+    if given.is_meta:
+        return
+    lags = given.to(own.device, torch.int64)
+    limits = torch.tensor(module.lengths, device=lags.device).view(-1, 1, 1, 1)
+    if (lags < 0).any() or (lags >= limits).any() or (lags.sort(-1).values.diff(dim=-1) == 0).any():
+        raise RuntimeError(
+            f"{prefix}lags must be different from each other and lie in 0 … length − 1 of the branches' lengths "
+            f"{module.lengths}; those in the state dict range from {lags.min()} to {lags.max()}"
+        )
+    module._place(lags)
+
+
+class FourierSparseKernels(SparseKernels):
+    """The rescaled sums of a Fourier and a sparse kernel of equal length (MRConv, section 3: linear rescaling).
 
     Args:
-        channels: Number of channels C.
-        length: Number of lags.
-        modes: See `FourierKernel`.
-        taps: See `SparseKernel`.
-        generator: See `SparseKernel`.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        channels: See `SparseKernels`, as for the arguments that are not here.
+        modes: See `FourierKernels`.
     """
 
     def __init__(
         self,
         channels: int,
-        length: int,
-        modes: int = 16,
-        taps: int = 16,
-        generator: Optional[torch.Generator] = None,
-        device=None,
-        dtype=None,
+        lengths: Sequence[int],
+        directions: int,
+        modes: int,
+        taps: int,
+        seed: int = 0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        super().__init__()
-        self.length = length
-        self.fourier = FourierKernel(channels, length, modes, device=device, dtype=dtype)
-        self.sparse = SparseKernel(channels, length, taps, generator, device=device, dtype=dtype)
-        self.fourier_scale = nn.Parameter(torch.full((channels,), 0.5**0.5, device=device, dtype=dtype))
-        self.sparse_scale = nn.Parameter(torch.full((channels,), 0.5**0.5, device=device, dtype=dtype))
+        super().__init__(channels, lengths, directions, taps, seed, device, dtype)
+        self.coefficients = _fourier_coefficients(channels, lengths, directions, modes, device, dtype)
+        shape = self.values.shape[:3]
+        self.fourier_scale = nn.Parameter(torch.full(shape, 0.5**0.5, device=device, dtype=dtype))
+        self.sparse_scale = nn.Parameter(torch.full(shape, 0.5**0.5, device=device, dtype=dtype))
 
     def forward(self) -> Tensor:
-        """Returns the kernel (C, length)."""
-        # Both are linear in their parameters: scaling these, not the kernels, keeps no kernel for the backward pass.
-        coefficients = rescaled(self.fourier.coefficients, self.fourier_scale)
-        values = rescaled(self.sparse.values, self.sparse_scale)
-        return fourier_kernel(coefficients, self.length) + sparse_kernel(values, self.sparse.lags, self.length)
+        """Returns the kernels (N, C, 2·L − 1)."""
+        smooth = fourier_kernels(self.coefficients, self.fourier_scale, self.lengths)
+        return add_taps(smooth, self.values, self.sparse_scale, self.positions)
 
 
 KERNELS = ("fourier_sparse", "fourier", "dilated", "sparse")
 
 
-def create_kernel(
+def create_kernels(
     kind: str,
     channels: int,
-    length: int,
+    lengths: Sequence[int],
+    directions: int,
     modes: int = 16,
     taps: int = 16,
-    generator: Optional[torch.Generator] = None,
-    device=None,
-    dtype=None,
+    seed: int = 0,
+    device: Any = None,
+    dtype: Any = None,
 ) -> nn.Module:
-    """Returns a module whose call gives a kernel (channels, length) of the named kind.
+    """Returns a module whose call gives the kernels (N, C, 2·L − 1) of all branches.
 
     Args:
         kind: One of `KERNELS`.
         channels: Number of channels C.
-        length: Number of lags, at least 1.
+        lengths: Length of every branch's kernel in lags, growing.
+        directions: Number of directions D, 1 or 2.
         modes: Number of Fourier modes, at least 1.
         taps: Number of dilated or sparse taps, at least 1.
-        generator: Source of the sparse lags; see `SparseKernel`.
+        seed: Seed of the sparse lags.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: If ``kind`` is unknown or a size is below 1.
+        ValueError: If ``kind`` is unknown.
     """
-    for name, value in (("length", length), ("modes", modes), ("taps", taps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     dd = {"device": device, "dtype": dtype}
     if kind == "dilated":
-        return DilatedKernel(channels, length, taps, **dd)
+        return DilatedKernels(channels, lengths, directions, taps, **dd)
     if kind == "fourier":
-        return FourierKernel(channels, length, modes, **dd)
+        return FourierKernels(channels, lengths, directions, modes, **dd)
     if kind == "sparse":
-        return SparseKernel(channels, length, taps, generator, **dd)
+        return SparseKernels(channels, lengths, directions, taps, seed, **dd)
     if kind == "fourier_sparse":
-        return FourierSparseKernel(channels, length, modes, taps, generator, **dd)
+        return FourierSparseKernels(channels, lengths, directions, modes, taps, seed, **dd)
     raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kind!r}")
-
-
-class TwoSidedKernel(nn.Module):
-    """A kernel over negative and positive lags, made of one kernel for each direction.
-
-    Args:
-        causal: Gives the kernel (C, length) of lags 0 … length − 1.
-        anticausal: Gives the kernel (C, length) of lags 0 … −(length − 1), or None for a causal kernel.
-    """
-
-    def __init__(self, causal: nn.Module, anticausal: Optional[nn.Module] = None) -> None:
-        super().__init__()
-        self.causal = causal
-        self.anticausal = anticausal
-
-    def forward(self) -> Tensor:
-        """Returns the kernel (C, 2·length − 1), lag 0 in the middle, where both directions add."""
-        return two_sided_kernel(self.causal(), None if self.anticausal is None else self.anticausal())
-
-
-def merge_kernels(kernels: list[Tensor], gains: Tensor) -> Tensor:
-    """Returns the sum of two-sided kernels, each times its gain.
-
-    Args:
-        kernels: Two-sided kernels (C, 2·l_i − 1), lag 0 in the middle, in any order of length.
-        gains: One gain for each kernel and channel, (kernels, C).
-
-    Returns:
-        The merged kernel (C, 2·max l_i − 1).
-    """
-    merged = gains[0].unsqueeze(-1) * kernels[0]
-    for i in range(1, len(kernels)):
-        kernel = gains[i].unsqueeze(-1) * kernels[i]
-        merged = add_kernels(merged, kernel)
-    return merged
-
-
-def add_kernels(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the sum of two two-sided kernels (…, C, 2·l − 1) of any lengths, lag 0 on lag 0."""
-    grow = (b.shape[-1] - a.shape[-1]) // 2
-    if grow >= 0:
-        return F.pad(a, (grow, grow)) + b
-    return a + F.pad(b, (-grow, -grow))

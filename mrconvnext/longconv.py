@@ -1,125 +1,83 @@
-"""How a sequence is convolved with a long kernel: the FFT, its lengths and dtypes, and a direct reference.
+"""The convolution of images and sequences with a kernel as long as they are, and what else takes all their positions.
 
-A kernel is two-sided: (…, C, 2·M − 1) holds the lags −(M − 1) … M − 1, lag 0 in the middle, and
-y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag.
+A kernel is two-sided: (…, 2·M − 1) holds the lags −(M − 1) … M − 1, lag 0 in the middle, and
+y[t] = Σ_s kernel[t − s] · u[s]. Its reach is M − 1, its largest lag. Images are sequences row by row, with ``guard``
+zeros after each row; see `grid`.
+
+`convolve` and `autocorrelation` carry all the cost of a layer. Each is one operation of `torch.library`: compilers,
+transforms of functions and sharded training treat it as any other operation of PyTorch, and `engines` computes it.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .derived import is_eager
-from .kernels import at_least_float32
-
-
-def fft_length(length: int) -> int:
-    """Returns an FFT length of at least ``length`` that FFT libraries are fast at.
-
-    It has no prime factor above 7, and as many factors 2 as cost at most a sixteenth more length, at least four.
-    """
-    step = 16
-    while 32 * step <= length:
-        step *= 2
-    good = (length + step - 1) // step * step
-    while not _is_smooth(good):
-        good += step
-    return good
+from . import engines
+from .engines import plain, real
 
 
-def _is_smooth(n: int) -> bool:
-    for prime in (2, 3, 5, 7):
-        while n % prime == 0:
-            n = n // prime
-    return n == 1
+@torch.compiler.assume_constant_result
+def is_in_onnx_export() -> bool:
+    """Returns whether an ONNX exporter runs this call. Dynamo, which one of them tries, takes PyTorch's own for False."""
+    return torch.onnx.is_in_onnx_export()
 
 
-def crop_lags(kernel: Tensor, length: int) -> Tensor:
-    """Returns a two-sided kernel without the lags that a sequence of ``length`` has no two positions for."""
-    reach = kernel.shape[-1] // 2
-    keep = min(reach, length - 1)
-    return kernel[..., reach - keep : reach + keep + 1]
+@torch.fx.wrap
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+    """Returns images convolved with a long kernel: y[t] = Σ_s kernel[t − s] · u[s] + bias over all pixels t and s.
 
-
-def spectrum(x: Tensor, n: int) -> Tensor:
-    """Returns the one-sided spectrum (…, n // 2 + 1) of real ``x`` zero-padded to ``n``, computed in float32 or 64."""
-    x = at_least_float32(x)
-    if not torch.jit.is_scripting():
-        if x.requires_grad and is_eager(x):
-            return _Spectrum.apply(x, n)
-    return _rfft(x, n)
-
-
-# The FFTs of torch 2.9 and 2.10 refuse an empty batch.
-
-
-def _rfft(x: Tensor, n: int) -> Tensor:
-    if x.numel() == 0:
-        return torch.view_as_complex(x.new_empty(list(x.shape[:-1]) + [n // 2 + 1, 2]))
-    return torch.fft.rfft(x, n)
-
-
-def inverse(x: Tensor, n: int, norm: str = "backward") -> Tensor:
-    """Returns the real sequences (…, n) with one-sided spectrum ``x``, scaled as ``torch.fft.irfft`` does."""
-    if x.numel() == 0:
-        return torch.view_as_real(x).new_empty(list(x.shape[:-1]) + [n])
-    return torch.fft.irfft(x, n, norm=norm)
-
-
-class _Spectrum(torch.autograd.Function):
-    """``torch.fft.rfft``, which by itself keeps its padded input for a backward pass that needs none of it."""
-
-    @staticmethod
-    def forward(x: Tensor, n: int) -> Tensor:
-        return _rfft(x, n)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
-        x, ctx.n = inputs
-        ctx.length = x.shape[-1]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        # Half of the inverse transform, which counts every frequency twice that has a conjugate, and half of those that
-        # have none: the first and, of an even n, the last.
-        alone = grad[..., :1].real / 2
-        if ctx.n % 2 == 0:
-            alternating = 1 - 2 * (torch.arange(ctx.length, device=grad.device) % 2).to(alone.dtype)
-            alone = torch.addcmul(alone, grad[..., -1:].real / 2, alternating)
-        return torch.add(alone, inverse(grad, ctx.n, norm="forward")[..., : ctx.length], alpha=0.5), None
-
-
-def convolve_spectrum(u_spectrum: Tensor, kernel: Tensor, n: int, length: int) -> Tensor:
-    """Returns the convolution (…, length) of a sequence, given by its spectrum, and a two-sided kernel.
+    Computed in float32 (float64 if the images are), whatever autocast says. Differentiable, any number of times.
 
     Args:
-        u_spectrum: Spectrum of the sequence (…, C, length).
-        kernel: Two-sided kernel (…, C, 2·M − 1), M at most ``length``.
-        n: FFT length, at least ``length + M − 1``: what wraps round then misses the positions returned.
-        length: Length of the sequence.
+        x: Images (B, C, H, W).
+        kernel: Two-sided kernel (C, 2·M − 1), or N kernels a channel, (N · C, 2·M − 1), all of the first one first.
+        bias: Bias (N · C).
+        guard: Columns of zeros between rows.
+
+    Returns:
+        Images (B, N · C, H, W) of ``x``'s dtype.
     """
-    reach = kernel.shape[-1] // 2
-    return inverse(u_spectrum * spectrum(kernel, n), n)[..., reach : reach + length]
+    if torch.jit.is_scripting():
+        return plain.convolve(x, kernel, bias, guard)
+    elif is_in_onnx_export():  # whose files have no FFT, or a slow one
+        return real.convolve(x, kernel, bias, guard)
+    else:
+        return _apply(_Convolve, x, kernel, bias, guard)
 
 
-def check_sequences(u: Tensor, kernel: Tensor) -> None:
-    """Raises if ``u`` (…, C, L) and a two-sided kernel (…, C, 2·M − 1) can't be convolved."""
-    if not (u.is_floating_point() and kernel.is_floating_point()):
-        raise TypeError(f"u and kernel must be floating-point tensors, got {u.dtype} and {kernel.dtype}")
-    if kernel.shape[-1] % 2 == 0:
-        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
-    if u.shape[-1] < 1:
-        raise ValueError(f"u must have at least 1 position, got {list(u.shape)}")
-    if kernel.shape[-2] != u.shape[-2] and u.shape[-2] != 1:
-        raise ValueError(f"kernel must have the channels of u, {u.shape[-2]}, got {kernel.shape[-2]}")
+@torch.fx.wrap
+def convolve_real(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+    """Returns what `convolve` returns, by operations on real numbers alone, which every exporter has.
+
+    For images up to a few thousand pixels: the arithmetic for a pixel grows with their sides.
+    """
+    return real.convolve(x, kernel, bias, guard)
+
+
+@torch.fx.wrap
+def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
+    """Returns r[lag] = Σ_b Σ_t v[b, t] · v[b, t − lag] of images less their mean, for all lags from 0.
+
+    Args:
+        x: Images (B, C, H, W).
+        mean: What is taken off each channel's pixels (C).
+        guard: Columns of zeros between rows.
+
+    Returns:
+        The lags 0 … H·(W + guard) − 1, (C, H·(W + guard)), in float64.
+    """
+    if torch.jit.is_scripting():
+        return plain.autocorrelation(x, mean, guard)
+    else:
+        return _apply(_Autocorrelation, x, mean, guard)
 
 
 def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
-    """Returns y[t] = Σ_s kernel[t − s] · u[s] for every position t of ``u``, by FFT.
+    """Returns y[t] = Σ_s kernel[t − s] · u[s] for every position t of sequences ``u``.
 
-    Computed in float32 (float64 if ``u`` is), whatever autocast says. Leading dimensions broadcast.
+    Computed in float32 (float64 if ``u`` is), whatever autocast says.
 
     Args:
         u: Sequences (B, C, L).
@@ -132,11 +90,8 @@ def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If ``u`` is empty, the channels differ, or the kernel's length is even, so that it has no middle.
     """
-    check_sequences(u, kernel)
-    length = u.shape[-1]
-    kernel = crop_lags(kernel, length)
-    n = fft_length(length + kernel.shape[-1] // 2)
-    return convolve_spectrum(spectrum(u, n), kernel, n, length).to(u.dtype)
+    _check_sequences(u, kernel)
+    return convolve(u.unsqueeze(-1), crop_lags(kernel, u.shape[-1]), None, 0).squeeze(-1)
 
 
 def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
@@ -153,143 +108,265 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
         TypeError: As `long_conv`.
         ValueError: As `long_conv`.
     """
-    check_sequences(u, kernel)
+    _check_sequences(u, kernel)
     reach = kernel.shape[-1] // 2
     windows = F.pad(u, (reach, reach)).unfold(-1, kernel.shape[-1], 1)  # (B, C, L, 2M − 1): u[t − reach … t + reach]
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
 
 
-def centred_spectrum(kernel: Tensor, n: int) -> Tensor:
-    """Returns the spectrum of a two-sided kernel (C, 2·M − 1) with lag 0 at position 0, ``n`` at least 2·M − 1."""
+def _check_sequences(u: Tensor, kernel: Tensor) -> None:
+    if not (u.is_floating_point() and kernel.is_floating_point()):
+        raise TypeError(f"u and kernel must be floating-point tensors, got {u.dtype} and {kernel.dtype}")
+    if u.dim() != 3 or kernel.dim() != 2 or kernel.shape[0] != u.shape[1]:
+        raise ValueError(
+            f"u must be (B, C, L) and kernel (C, 2·M − 1), with the channels of u, got {list(u.shape)} and "
+            f"{list(kernel.shape)}"
+        )
+    if kernel.shape[-1] % 2 == 0:
+        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
+    if u.shape[-1] < 1:
+        raise ValueError(f"u must have at least 1 position, got {list(u.shape)}")
+
+
+def crop_lags(kernel: Tensor, length: int) -> Tensor:
+    """Returns a two-sided kernel without the lags that a sequence of ``length`` has no two positions for."""
     reach = kernel.shape[-1] // 2
-    first = kernel.new_zeros((kernel.shape[0], n))
-    first[:, : reach + 1] = kernel[:, reach:]
-    first[:, n - reach :] = kernel[:, :reach]
-    return torch.fft.rfft(first)
+    keep = min(reach, length - 1)
+    return kernel[..., reach - keep : reach + keep + 1]
 
 
-def centred_taps(first: Tensor, taps: int) -> Tensor:
-    """Returns the ``taps`` lags round position 0 of circular (C, n), lag 0 in the middle."""
-    reach = taps // 2
-    return torch.cat([first[:, first.shape[1] - reach :], first[:, : reach + 1]], 1)
-
-
-def correlation_of(power: Tensor, n: int, length: int) -> Tensor:
-    """Returns the lags 0 … length − 1 of the autocorrelation with power spectrum (C, n // 2 + 1), in float64.
-
-    Sums over the lags cancel where a kernel passes what the sequences hardly have: the power spectrum is exact enough
-    in float32, all its terms being positive, but not what is summed after it.
-    """
-    # A copy, so that keeping it does not keep the other half.
-    return torch.fft.irfft(power.to(torch.float64), n)[..., :length].contiguous()
-
-
-def autocorrelation(u_spectrum: Tensor, n: int, length: int) -> Tensor:
-    """Returns r[lag] = Σ_b Σ_t u[b, t] · u[b, t − lag] for the lags 0 … length − 1, (C, length), in float64.
-
-    Args:
-        u_spectrum: Spectrum (B, C, n // 2 + 1) of the sequences (B, C, length).
-        n: FFT length, at least ``2·length − 1``.
-        length: Length of the sequences.
-    """
-    return correlation_of(torch.view_as_real(u_spectrum).square().sum(dim=(0, 3)), n, length)
-
-
-def branch_energies(correlation: Tensor, kernels: list[Tensor], weights: Tensor) -> Tensor:
-    """Returns Σ_b Σ_t (kernel * u[b])[t]² over the full convolution with every weighted kernel, without convolving.
+@torch.fx.wrap
+def branch_energies(kernels: Tensor, correlation: Tensor) -> Tensor:
+    """Returns Σ_b Σ_t (kernel * v[b])[t]² over the full convolution with every kernel, without convolving.
 
     By Parseval's theorem the energy is Σ_f |K(f)|² P(f) at any FFT length that the full convolution fits into, K the
-    kernel's spectrum and P the sequences' power spectrum. Only the arguments are kept for the backward pass: spectra
-    of all the branches would take as much memory as a small batch of images.
+    kernel's spectrum and P the sequences' power spectrum.
 
     Args:
+        kernels: Two-sided kernels (N, C, 2·M − 1).
         correlation: Autocorrelation of the sequences, lags 0 … L − 1, (C, L), in float64; see `autocorrelation`.
-        kernels: Two-sided kernels (C, 2·M − 1), M at most L.
-        weights: Factor of every lag (2·L − 1) of the kernels, constant.
 
     Returns:
-        The energies (kernels, C), of the kernels' dtype.
+        The energies (N, C).
     """
-    if not torch.jit.is_scripting():
-        if is_eager(correlation):
-            return _BranchEnergies.apply(correlation, weights, *kernels)
-    return _branch_energies(correlation, kernels, weights)
+    taps, length = kernels.shape[-1], correlation.shape[-1]
+    n = plain.fft_length(taps + length - 1)
+    spectrum = torch.view_as_real(plain.rfft(F.pad(kernels, (0, n - taps))))  # (N, C, n // 2 + 1, 2)
+    power = 2 * plain.rfft(F.pad(correlation, (0, n - length))).real - correlation[:, :1]
+    # Every frequency stands for its conjugate as well, but for the first and, as n is even, the last.
+    share = torch.full((n // 2 + 1,), 2.0 / n, dtype=torch.float64, device=kernels.device)
+    share[0] = share[-1] = 1.0 / n
+    power = (power.clamp(min=0) * share).to(kernels.dtype)
+    return (spectrum.square().sum(-1) * power).sum(-1)
 
 
-def _branch_energies(correlation: Tensor, kernels: list[Tensor], weights: Tensor) -> Tensor:
-    power, n = _energy_power(correlation, kernels)
-    energies: list[Tensor] = []
-    for kernel in kernels:
-        step = _frequency_step(kernel, correlation, n)
-        parts = _spectrum_parts(kernel * _weights_of(kernel, weights), n // step)
-        energies.append(_energy(parts, _every(power, step), n // step))
-    return torch.stack(energies)
+# The operations
 
 
-def _energy_power(correlation: Tensor, kernels: list[Tensor]) -> tuple[Tensor, int]:
-    """Returns the power spectrum of sequences, each value twice as `_spectrum_parts` has two, and its FFT length n."""
-    taps = max([kernel.shape[-1] for kernel in kernels])
-    n = 2 * fft_length((taps + correlation.shape[-1]) // 2)
-    power = (2 * torch.fft.rfft(correlation, n).real - correlation[:, :1]).clamp(min=0).to(kernels[0].dtype)
-    return torch.stack([power, power], -1).flatten(1), n
+def _convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+    return engines.serving(x).convolve(x, kernel, bias, guard)
 
 
-def _weights_of(kernel: Tensor, weights: Tensor) -> Tensor:
-    return crop_lags(weights, kernel.shape[-1] // 2 + 1).to(kernel.dtype)
+def _convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients for the images, the kernel and the bias, by the output's gradient (B, N · C, H, W)."""
+    return engines.serving(x).convolve_backward(grad, x, kernel, guard)
 
 
-def _frequency_step(kernel: Tensor, correlation: Tensor, n: int) -> int:
-    """Returns 2 if every second of n frequencies is enough for a kernel as short as this one, else 1."""
-    return 2 if kernel.shape[-1] + correlation.shape[-1] - 1 <= n // 2 else 1
+def _autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
+    return engines.serving(x).autocorrelation(x, mean, guard)
 
 
-def _every(parts: Tensor, step: int) -> Tensor:
-    """Returns the view of every ``step``-th frequency in parts (C, 2·F) as `_spectrum_parts` lays them out."""
-    return parts.unflatten(1, (-1, 2))[:, ::step].flatten(1)
+def _like_convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+    return plain.empty_output(x, kernel.shape[0])
 
 
-def _spectrum_parts(kernel: Tensor, n: int) -> Tensor:
-    """Returns a kernel's spectrum as (C, 2·(n // 2 + 1)), real and imaginary parts in turn."""
-    return torch.view_as_real(torch.fft.rfft(kernel, n)).flatten(1)
+def _like_convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+    inside = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kernel = kernel.new_empty(kernel.shape, dtype=inside)
+    return plain.empty_output(x, x.shape[1]), kernel, kernel.new_empty(kernel.shape[:1])
 
 
-def _energy(parts: Tensor, power: Tensor, n: int) -> Tensor:
-    terms = parts.square() * power
-    # Both halves of the spectrum; the first frequency and, of an even n, the last have no conjugate.
-    total = 2 * terms.sum(-1) - terms[:, :2].sum(-1)
-    if n % 2 == 0:
-        total = total - terms[:, -2:].sum(-1)
-    return total / n
+def _like_autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[2] * (x.shape[3] + guard)), dtype=torch.float64)
 
 
-class _BranchEnergies(torch.autograd.Function):
-    """`_branch_energies`, quadratic in the kernels and linear in the autocorrelation."""
+# Their gradients, and what torch.func makes of them
+
+
+def _apply(operation: type[torch.autograd.Function], *args: Any) -> Any:
+    """Calls an operation so that torch.func can transform it, but in graphs: there it is a node by its own name."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return operation.forward(*args)
+    return operation.apply(*args)
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+        return torch.ops.mrconvnext.convolve(x, kernel, bias, guard)
 
     @staticmethod
-    def forward(ctx, correlation: Tensor, weights: Tensor, *kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(correlation, weights, *kernels)
-        return _branch_energies(correlation, kernels, weights)
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, kernel, bias, ctx.guard = inputs
+        ctx.save_for_backward(x, kernel)
+        ctx.save_for_forward(x, kernel)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        correlation, weights, *kernels = ctx.saved_tensors
-        power, n = _energy_power(correlation, kernels)
-        power *= 2
-        powers = {1: power, 2: _every(power, 2)}
-        squares = {step: torch.zeros_like(power) for step, power in powers.items()}
-        grad_kernels = []
-        for kernel, own in zip(kernels, grad.unsqueeze(-1)):
-            step = _frequency_step(kernel, correlation, n)
-            lags = _weights_of(kernel, weights)
-            parts = _spectrum_parts(kernel * lags, n // step)
-            scaled = parts * own
-            squares[step].addcmul_(parts, scaled)
-            product = torch.view_as_complex(scaled.mul_(powers[step]).unflatten(1, (-1, 2)))
-            grad_kernels.append(torch.fft.irfft(product, n // step)[:, : kernel.shape[-1]] * lags)
-        # Half as many frequencies count twice.
-        total = squares[1].unflatten(1, (-1, 2)).sum(-1)
-        total[:, ::2] += 2 * squares[2].unflatten(1, (-1, 2)).sum(-1)
-        grad_correlation = 2 * torch.fft.irfft(total, n)[:, : correlation.shape[1]].to(torch.float64)
-        grad_correlation[:, 0] /= 2
-        return grad_correlation, None, *grad_kernels
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, kernel = ctx.saved_tensors
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, ctx.guard)
+        bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_kernel.to(kernel.dtype), bias, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, on_x: Optional[Tensor], on_kernel: Optional[Tensor], on_bias: Optional[Tensor], _: None
+    ) -> Tensor:
+        x, kernel = ctx.saved_tensors
+        y = convolve(torch.zeros_like(x) if on_x is None else on_x, kernel, on_bias, ctx.guard)
+        return y if on_kernel is None else y + convolve(x, on_kernel, None, ctx.guard)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> tuple:
+        if dims[1] is None and dims[2] is None:
+            x = x.movedim(dims[0], 0)
+            return convolve(x.flatten(0, 1), kernel, bias, guard).unflatten(0, x.shape[:2]), 0
+        branches = _branches(dims, x, kernel)
+        x = _into_channels(x, dims[0], info.batch_size, 1)
+        kernel = _into_channels(kernel, dims[1], info.batch_size, 0, branches)
+        bias = None if bias is None else _into_channels(bias, dims[2], info.batch_size, 0, branches)
+        return _out_of_channels(convolve(x, kernel, bias, guard), info.batch_size, 1, branches), 0
+
+
+class _ConvolveBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mrconvnext.convolve_backward(grad, x, kernel, guard)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.guard = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, on_x: Tensor, on_kernel: Tensor, on_bias: Tensor) -> tuple:
+        """Of ⟨on_x, grad_x⟩ + ⟨on_kernel, grad_kernel⟩ + ⟨on_bias, grad_bias⟩: each is a convolution or a gradient."""
+        grad, x, kernel = ctx.saved_tensors
+        on_x, on_kernel, on_bias = on_x.to(x.dtype), on_kernel.to(kernel.dtype), on_bias.to(kernel.dtype)
+        for_grad = convolve(on_x, kernel, on_bias, ctx.guard) + convolve(x, on_kernel, None, ctx.guard)
+        for_x = _apply(_ConvolveBackward, grad, x, on_kernel, ctx.guard)[0]
+        for_kernel = _apply(_ConvolveBackward, grad, on_x, kernel, ctx.guard)[1]
+        return for_grad, for_x, for_kernel.to(kernel.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, on_grad: Optional[Tensor], on_x: Optional[Tensor], on_kernel: Optional[Tensor], _: None) -> tuple:
+        grad, x, kernel = ctx.saved_tensors
+        on_grad = torch.zeros_like(grad) if on_grad is None else on_grad
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, on_grad, x, kernel, ctx.guard)
+        if on_kernel is not None:
+            grad_x = grad_x + _apply(_ConvolveBackward, grad, x, on_kernel, ctx.guard)[0]
+        if on_x is not None:
+            grad_kernel = grad_kernel + _apply(_ConvolveBackward, grad, on_x, kernel, ctx.guard)[1]
+        return grad_x, grad_kernel, grad_bias
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple:
+        branches = _branches(dims[1:], x, kernel)
+        grad = _into_channels(grad, dims[0], info.batch_size, 1, branches)
+        x = _into_channels(x, dims[1], info.batch_size, 1)
+        kernel = _into_channels(kernel, dims[2], info.batch_size, 0, branches)
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, guard)
+        grad_x = _out_of_channels(grad_x, info.batch_size, 1)
+        grad_kernel = _out_of_channels(grad_kernel, info.batch_size, 0, branches)
+        return (grad_x, grad_kernel, _out_of_channels(grad_bias, info.batch_size, 0, branches)), (0, 0, 0)
+
+
+class _Autocorrelation(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, mean: Tensor, guard: int) -> Tensor:
+        return torch.ops.mrconvnext.autocorrelation(x, mean, guard)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, mean, ctx.guard = inputs
+        ctx.save_for_backward(x, mean)
+        ctx.save_for_forward(x, mean)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """The autocorrelation is quadratic in the images: its gradient is their convolution with what comes back."""
+        x, mean = ctx.saved_tensors
+        grad = grad.to(plain.at_least_float32(x).dtype)
+        kernel = torch.cat([grad.flip(-1), grad[:, 1:]], -1)
+        kernel = kernel + F.pad(grad[:, :1], (grad.shape[1] - 1, grad.shape[1] - 1))
+        deviation = plain.at_least_float32(x) - mean.unsqueeze(-1).unsqueeze(-1)
+        grad_x = convolve(deviation, kernel, None, ctx.guard)
+        return grad_x.to(x.dtype), -grad_x.sum((0, 2, 3)).to(mean.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, on_x: Optional[Tensor], on_mean: Optional[Tensor], _: None) -> Tensor:
+        x, mean = ctx.saved_tensors
+        deviation = plain.at_least_float32(x) - mean.unsqueeze(-1).unsqueeze(-1)
+        change = torch.zeros_like(deviation) if on_x is None else on_x.to(deviation.dtype)
+        if on_mean is not None:
+            change = change - on_mean.unsqueeze(-1).unsqueeze(-1)
+        length = x.shape[2] * (x.shape[3] + ctx.guard)
+        lags = deviation.new_zeros((x.shape[1], 2 * length - 1))
+        both = _apply(_ConvolveBackward, change, deviation, lags, ctx.guard)[1]  # the correlation of one with the other
+        return (both + both.flip(-1))[:, length - 1 :].to(torch.float64)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple, x: Tensor, mean: Tensor, guard: int) -> tuple:
+        x = _into_channels(x, dims[0], info.batch_size, 1)
+        mean = _into_channels(mean, dims[1], info.batch_size, 0)
+        return _out_of_channels(autocorrelation(x, mean, guard), info.batch_size, 0), 0
+
+
+def _branches(dims: tuple, x: Tensor, kernel: Tensor) -> int:
+    """Returns how many kernels a channel has, of images and kernels with a mapped dimension or none."""
+    channels = x.shape[1] if dims[0] is None else x.movedim(dims[0], 0).shape[2]
+    kernels = kernel.shape[0] if dims[1] is None else kernel.movedim(dims[1], 0).shape[1]
+    return kernels // channels
+
+
+def _into_channels(x: Tensor, dim: Optional[int], size: int, at: int, branches: int = 1) -> Tensor:
+    """Returns a tensor whose mapped dimension, if any, has become the slower part of its channels: those of ``at``."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.unflatten(at + 1, (branches, -1)).movedim(0, at + 1).flatten(at, at + 2)
+
+
+def _out_of_channels(x: Tensor, size: int, at: int, branches: int = 1) -> Tensor:
+    """Undoes `_into_channels`: the mapped dimension is the first one."""
+    return x.unflatten(at, (branches, size, -1)).movedim(at + 1, 0).flatten(at + 1, at + 2)
+
+
+def _define(schema: str, compute: Any, like: Any, operation: type[torch.autograd.Function]) -> None:
+    """Makes a function an operation ``torch.ops.mrconvnext.NAME`` of that schema; ``like`` gives its output's shape."""
+    name = f"mrconvnext::{schema.partition('(')[0]}"
+    torch.library.define(name, schema.removeprefix(schema.partition("(")[0]))
+    torch.library.impl(name, "default", compute)
+    torch.library.register_fake(name, like)
+    torch.library.register_autograd(name, operation.backward, setup_context=operation.setup_context)
+    torch.library.register_vmap(name, operation.vmap)
+
+
+_define(
+    "convolve(Tensor x, Tensor kernel, Tensor? bias, int guard) -> Tensor",
+    _convolve,
+    _like_convolve,
+    _Convolve,
+)
+_define(
+    "convolve_backward(Tensor grad, Tensor x, Tensor kernel, int guard) -> (Tensor, Tensor, Tensor)",
+    _convolve_backward,
+    _like_convolve_backward,
+    _ConvolveBackward,
+)
+_define(
+    "autocorrelation(Tensor x, Tensor mean, int guard) -> Tensor",
+    _autocorrelation,
+    _like_autocorrelation,
+    _Autocorrelation,
+)

@@ -6,59 +6,28 @@ A layer has two forms. In its training form several branches of doubling length,
 """
 
 import copy
+import dataclasses
 import itertools
 import math
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-import torch.distributed as dist
-from timm.layers import to_2tuple
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
-from .derived import DropsDerived, is_compiled_for_inference, is_eager, is_ordinary, is_traced_for_onnx
-from .grid import (
-    convolve_image,
-    image_fft_length,
-    long_conv_image,
-    pair_weights,
-    place_kernel,
-    place_taps,
-    responses_to_ones,
-    to_sequence,
-)
-from .imageconv import (
-    AdaptiveConvolution,
-    channel_sums,
-    convolve_deployed,
-    convolve_for_onnx,
-)
-from .kernels import TwoSidedKernel, add_kernels, at_least_float32, create_kernel, merge_kernels
-from .longconv import autocorrelation, branch_energies, spectrum
+from .grid import add_local_taps, place_kernel
+from .kernels import KERNELS, at_least_float32, create_kernels, product, without_autocast
+from .longconv import convolve, convolve_real, is_in_onnx_export
+from .norms import NORMS, create_norm, norm_affine
 
-BRANCH_NORMS = ("batch", "parseval")
+# Of what a layer's state dict holds. 1 had a module for each branch.
+FORMAT = 2
 
 # Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
 _seeds = itertools.count(2**31)
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
-for _name in (
-    "add_kernels",
-    "at_least_float32",
-    "autocorrelation",
-    "branch_energies",
-    "channel_sums",
-    "convolve_image",
-    "image_fft_length",
-    "long_conv_image",
-    "merge_kernels",
-    "pair_weights",
-    "place_kernel",
-    "place_taps",
-    "responses_to_ones",
-    "spectrum",
-    "to_sequence",
-):
+for _name in ("add_local_taps", "at_least_float32", "convolve", "convolve_real", "norm_affine", "place_kernel"):
     torch.fx.wrap(_name)
 
 
@@ -83,133 +52,54 @@ def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: 
     return [min_length * 2**i for i in range(branches - 1)] + [length]
 
 
-def norm_affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns a normalisation with fixed statistics as (gain, shift): norm(c) = gain · c + shift."""
-    gain = weight * (variance + eps).rsqrt()
-    return gain, bias - gain * mean
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes, whose gradient is the sum of the gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _AllReduce.apply(grad.contiguous())
-
-
-@torch.fx.wrap
-def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
-    """Returns the sum of ``x`` over all processes if ``sync`` is set and there are several, else ``x``."""
-    if not torch.jit.is_scripting():
-        if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return _AllReduce.apply(x)
-    return x
-
-
-@torch.fx.wrap
-def _track_statistics(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    count: Tensor,
-    momentum: float,
-) -> Tensor:
-    """Moves the running statistics towards the batch's as ``nn.BatchNorm1d`` does; returns ``mean``.
-
-    The return value ties the update into an FX graph, which drops calls whose result nobody uses.
-    """
-    if not torch.jit.is_scripting():
-        # Gradient checkpointing recomputes the forward pass inside the backward pass: the batch was counted already.
-        # A compiled graph has its own way of recomputing, which leaves buffers alone.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return mean
-    with torch.no_grad():
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        num_batches_tracked.add_(1)
-    return mean
-
-
-class ParsevalNorm(nn.Module):
-    """Normalises the branches of a layer by statistics that are known before any branch is convolved.
-
-    A branch's input is the mean of its channel on all pixels, zero beyond, and what deviates from it. What the kernel
-    makes of the former has a mean and a variance over the pixels that are known exactly. For the latter the variance is
-    estimated from the batch's autocovariance, as if the signal were stationary, each lag of the kernel weighted by the
-    share of pixels that have a pixel there: by Parseval's theorem a product of spectra, summed. For white noise that is
-    exact. So the branches' scales are known while they are still kernels, and all of them merge into one convolution in
-    training too. Parameters, running statistics and momentum are those of ``nn.BatchNorm1d``, for all branches at once.
+@dataclasses.dataclass(frozen=True)
+class BranchOptions:
+    """What a layer's branches are like: options of the layers and, by the same names, of the models.
 
     Args:
-        branches: Number of branches N.
-        channels: Number of channels C.
-        eps: Added to the variance.
-        momentum: Weight of a batch in the running statistics.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
+        kernel: Parameterization of the kernels, one of `kernels.KERNELS`.
+        branch_norm: How branches are normalised, one of `norms.NORMS`.
+        sync_norm: Whether "parseval" takes its statistics over all processes. For "batch", convert with
+            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+        bidirectional: Whether branches reach to positions ahead as well, with a kernel for each direction.
+        min_length: Length of the shortest branch in positions; see `branch_lengths`.
+        max_branches: Largest number of branches.
+        modes: Fourier modes a kernel. The paper does not state it.
+        taps: Dilated or sparse taps a kernel. The paper does not state it.
+        alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
+
+    Raises:
+        TypeError: If an option is unknown.
+        ValueError: If an option is outside its range.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    kernel: str = "fourier_sparse"
+    branch_norm: str = "kernel"
+    sync_norm: bool = False
+    bidirectional: bool = True
+    min_length: Optional[int] = None
+    max_branches: int = 5
+    modes: int = 16
+    taps: int = 16
+    alpha_init: Optional[float] = None
 
-    def __init__(
-        self, branches: int, channels: int, eps: float = 1e-5, momentum: float = 0.1, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(branches, channels, **dd))
-        self.bias = nn.Parameter(torch.zeros(branches, channels, **dd))
-        self.register_buffer("running_mean", torch.zeros(branches, channels, **dd))
-        self.register_buffer("running_var", torch.ones(branches, channels, **dd))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-
-    def forward(self, mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the branches' gain and shift (N, C) by the statistics of a batch, and tracks these.
-
-        Args:
-            mean: Mean of every branch's output (N, C).
-            variance: Variance of every branch's output (N, C), biased.
-            count: Number of pixels (0-dimensional) that the statistics are taken over.
-        """
-        mean = _track_statistics(
-            self.running_mean, self.running_var, self.num_batches_tracked, mean, variance, count, self.momentum
-        )
-        weight, bias = at_least_float32(self.weight), at_least_float32(self.bias)
-        return norm_affine(mean, variance, weight, bias, self.eps)
-
-    def running(self) -> tuple[Tensor, Tensor]:
-        """Returns the branches' gain and shift (N, C) by the running statistics."""
-        return norm_affine(
-            at_least_float32(self.running_mean),
-            at_least_float32(self.running_var),
-            at_least_float32(self.weight),
-            at_least_float32(self.bias),
-            self.eps,
-        )
+    def __post_init__(self) -> None:
+        for name in ("max_branches", "modes", "taps"):
+            check_positive(name, getattr(self, name))
+        for name, allowed in (("kernel", KERNELS), ("branch_norm", NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.sync_norm and self.branch_norm != "parseval":
+            raise ValueError(
+                f'sync_norm is for branch_norm="parseval", got {self.branch_norm!r}: '
+                "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
+            )
 
 
-@torch.fx.wrap
-def scaled(y: Tensor, factor: Tensor) -> Tensor:
-    """Returns images ``y`` (B, C, H, W) times a factor (C)."""
-    return y * at_least_float32(factor).unsqueeze(-1).unsqueeze(-1)
-
-
-@torch.fx.wrap
-def add_bias(y: Tensor, bias: Tensor) -> Tensor:
-    """Returns images ``y`` (B, C, H, W) plus a bias (C)."""
-    return y + at_least_float32(bias).unsqueeze(-1).unsqueeze(-1)
+def check_positive(name: str, value: Any) -> None:
+    """Raises a ValueError if an argument is not a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 @torch.fx.wrap
@@ -226,24 +116,331 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
 
 
-def _reparameterize_after_load(layer: nn.Module, incompatible_keys) -> None:
+@torch.fx.wrap
+def check_not_onnx() -> None:
+    """Raises if an ONNX exporter runs this call, of the training form."""
+    if not torch.jit.is_scripting():
+        if is_in_onnx_export():
+            raise RuntimeError("the training form can't be exported to ONNX: reparameterize the model before")
+
+
+@torch.fx.wrap
+def merge_kernels(kernels: Tensor, gain: Tensor) -> Tensor:
+    """Returns the sum (C, 2·M − 1) of kernels (N, C, 2·M − 1), each times its gain (N, C)."""
+    return product(gain.t().unsqueeze(1), kernels.transpose(0, 1)).squeeze(1)  # of (C, 1, N) and (C, N, 2·M − 1)
+
+
+@torch.fx.wrap
+def merge_shifts(alpha: Tensor, shift: Optional[Tensor], bias: Optional[Tensor]) -> Optional[Tensor]:
+    """Returns the bias (C) that branches with shifts (N, C), weighted by alpha (N, C), and local taps add up to."""
+    if shift is None:
+        return bias
+    total = (alpha * shift).sum(0)
+    return total if bias is None else total + at_least_float32(bias)
+
+
+@torch.fx.wrap
+def weigh_branches(c: Tensor, alpha: Tensor) -> Tensor:
+    """Returns the sum (B, C, H, W) of branches (B, N · C, H, W), each times alpha (N, C)."""
+    weights = at_least_float32(alpha).unsqueeze(-1).unsqueeze(-1)
+    return (c.unflatten(1, [alpha.shape[0], alpha.shape[1]]) * weights).sum(1)
+
+
+@torch.fx.wrap
+def convolve_locally(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+    """Returns the depthwise convolution of images with k×k taps (C, 1, k, k), zero-padded, at least in float32."""
+    x, weight = at_least_float32(x), at_least_float32(weight)
+    bias = None if bias is None else at_least_float32(bias)
+    padding = dilation * (weight.shape[3] // 2)
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+    else:
+        with without_autocast(x):
+            return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+
+
+class LongConvolution(nn.Module):
+    """What both layers are: branches over a reference grid, in training or deployed form.
+
+    The layer takes the form of the state dict that it is given, unless ``inference_mode`` is set: then it always ends
+    deployed. A change of form makes new parameters, which an optimizer made before does not know. Beside parameters and
+    statistics a state dict holds the grid and the branches' lengths, which are compared with the layer's, and the
+    sparse lags. None of them is a buffer, which averages of weights or casts could change.
+
+    In the deployed form ``alpha`` is empty: it has no branches. So nobody who assigns weights by their names, whatever
+    the form, can take the weights of one form for those of the other.
+
+    Args:
+        channels: Number of channels C.
+        grid: Height and width of the reference grid.
+        guard: Columns of zeros between rows.
+        kernel_size: Size k of the local taps, odd; 0 for none.
+        dilation: Distance of the local taps in pixels.
+        bias: Whether there is a bias.
+        options: What the branches are like.
+        seed: Seed of the sparse lags. Default: one that no other layer of this process has.
+        inference_mode: Whether the layer is deployed from the start.
+        exportable: Whether the deployed form computes without complex numbers, for exporters that have none.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    merges: torch.jit.Final[bool]
+    exportable: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        guard: int,
+        kernel_size: int,
+        dilation: int,
+        bias: bool,
+        options: BranchOptions,
+        seed: Optional[int],
+        inference_mode: bool,
+        exportable: bool,
+        device: Any,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.guard = guard
+        self.reference_grid = grid
+        self.row_stride = grid[1] + guard
+        self.branch_lengths = branch_lengths(grid[0] * self.row_stride, options.min_length, options.max_branches)
+        self.options = options
+        self.has_bias = bias
+        self.seed = next(_seeds) if seed is None else seed
+        self.inference_mode = inference_mode
+        self.merges = options.branch_norm != "batch"
+        self.exportable = exportable
+        self._build_branches(device, dtype)
+        self.register_state_dict_post_hook(_write_reference)
+        self.register_load_state_dict_pre_hook(_take_form)
+        self.register_load_state_dict_post_hook(_reparameterize_after_load)
+        if inference_mode:
+            self.reparameterize()
+
+    # The two forms
+
+    def _build_branches(self, device: Any, dtype: Any) -> None:
+        """Gives the layer its training form, with new parameters."""
+        dd = {"device": device, "dtype": dtype}
+        channels, branches, options = self.channels, len(self.branch_lengths), self.options
+        alpha = 1 / branches if options.alpha_init is None else options.alpha_init
+        self._drop("alpha", "kernel", "weight", "bias")
+        self.register_parameter("kernel", None)
+        self.register_parameter("weight", None)
+        if self.kernel_size > 0:
+            self.weight = nn.Parameter(torch.empty(channels, 1, self.kernel_size, self.kernel_size, **dd))
+            nn.init.trunc_normal_(self.weight, std=0.02)  # as ConvNeXt's
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels, **dd)) if self.has_bias else None)
+        self.alpha = nn.Parameter(torch.full((branches, channels), float(alpha), **dd))
+        self.kernels = create_kernels(
+            options.kernel,
+            channels,
+            self.branch_lengths,
+            directions=2 if options.bidirectional else 1,
+            modes=options.modes,
+            taps=options.taps,
+            seed=self.seed,
+            **dd,
+        )
+        self.norm = create_norm(options.branch_norm, branches, channels, sync=options.sync_norm, **dd)
+
+    def _build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
+        """Gives the layer its deployed form."""
+        requires_grad = any(parameter.requires_grad for parameter in self.parameters())
+        self._drop("alpha", "kernel", "weight", "bias", "kernels", "norm")
+        self.kernel = nn.Parameter(kernel, requires_grad)
+        self.register_parameter("weight", None)
+        self.bias = nn.Parameter(bias, requires_grad)
+        self.register_buffer("alpha", kernel.new_empty((0, self.channels)))
+
+    def _drop(self, *names: str) -> None:
+        for name in names:
+            if hasattr(self, name):
+                delattr(self, name)
+
+    def branch_kernels(self) -> list[Tensor]:
+        """Returns the branches' two-sided kernels (C, 2·l_i − 1) as parameterized: before norm and α.
+
+        Raises:
+            RuntimeError: If the layer is deployed, its branches gone.
+        """
+        if self.kernel is not None:
+            raise RuntimeError("a deployed layer has no branches: call branch_kernels() before reparameterize()")
+        longest = self.branch_lengths[-1]
+        return [own[:, longest - n : longest + n - 1] for own, n in zip(self.kernels(), self.branch_lengths)]
+
+    @torch.no_grad()
+    def merged_kernel(self) -> tuple[Tensor, Tensor]:
+        """Returns the kernel (C, 2·L − 1) and bias (C) that the layer equals in eval mode, folded in float64.
+
+        They act on the reference grid laid out by `grid.to_sequence`, L its number of positions.
+        """
+        if self.kernel is not None:
+            return self.kernel.detach().clone(), self.bias.detach().clone()
+        layer = copy.deepcopy(self).double().eval()
+        reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
+        kernels = layer.kernels()
+        if layer.merges:
+            gain, shift = layer.norm(reference, kernels, kernels, self.guard)
+        else:
+            norm, shape = layer.norm, layer.alpha.shape
+            gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+            gain, shift = gain.view(shape), shift.view(shape)
+        kernel, bias = layer._merge(reference, kernels, gain, shift)
+        bias = kernel.new_zeros(self.channels) if bias is None else bias
+        return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
+
+    def reparameterize(self) -> None:
+        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent."""
+        if self.kernel is None:
+            self._build_deployed(*self.merged_kernel())
+
+    # Forward
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for images (B, C, H, W)."""
+        if self.kernel is not None:
+            kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
+            if self.exportable:
+                return convolve_real(x, kernel, self.bias, self.guard)
+            return convolve(x, kernel, self.bias, self.guard)
+        check_not_onnx()
+        kernels = self.kernels()  # (N, C, 2·L − 1)
+        placed = place_kernel(kernels, self.row_stride, x, self.guard)
+        if self.merges:
+            gain, shift = self.norm(x, kernels, placed, self.guard)
+            kernel, bias = self._merge(x, placed, gain, shift)
+            return convolve(x, kernel, bias, self.guard)
+        else:
+            c = self.norm(convolve(x, placed.flatten(0, 1), None, self.guard))
+            return self._add_branches(x, c)
+
+    def _merge(
+        self, x: Tensor, placed: Tensor, gain: Tensor, shift: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Returns the kernel and bias (C), if any, that normalised branches, α and local taps add up to.
+
+        Args:
+            x: Images (B, C, H, W).
+            placed: The branches' kernels (N, C, 2·M − 1), placed for images like ``x``.
+            gain: Factor of every branch by its norm (N, C).
+            shift: Summand of every branch by its norm (N, C), if it has one.
+        """
+        alpha = at_least_float32(self.alpha)
+        kernel = merge_kernels(placed, alpha * gain)
+        if self.weight is not None:
+            kernel = add_local_taps(kernel, self.weight, self.dilation, x, self.guard)
+        return kernel, merge_shifts(alpha, shift, self.bias)
+
+    def _add_branches(self, x: Tensor, c: Tensor) -> Tensor:
+        """Returns the sum of normalised branches ``c`` (B, N · C, H, W), α and what the local taps make of ``x``."""
+        y = weigh_branches(c, self.alpha)
+        if self.weight is not None:
+            y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
+        return y.to(x.dtype)
+
+
+# State dicts
+
+
+def _write_reference(layer: LongConvolution, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Writes what the weights were made for: the format, the grid [height, width, guard], the branches' lengths."""
+    state_dict[prefix + "format"] = torch.tensor(FORMAT)
+    state_dict[prefix + "grid"] = torch.tensor([*layer.reference_grid, layer.guard])
+    if layer.kernel is None:
+        state_dict[prefix + "lengths"] = torch.tensor(layer.branch_lengths)
+
+
+def _take_form(
+    layer: LongConvolution, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
+) -> None:
+    """Changes a layer to the form, training or deployed, of the weights in a state dict, after checking these.
+
+    Raised here, not collected: the layer's children would be loaded all the same.
+    """
+    check_reference(layer, state_dict, prefix)
+    for name in ("format", "grid", "lengths"):
+        state_dict.pop(prefix + name, None)
+    if prefix + "kernel" in state_dict:
+        state_dict.setdefault(prefix + "alpha", layer.alpha.new_empty((0, layer.channels)))
+        if layer.kernel is None:
+            kernel = layer.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
+            layer._build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
+    elif layer.kernel is None:
+        if prefix + "weight" in state_dict and not any(prefix + name in state_dict for name in _names_of_branches(layer)):
+            # A convolution's own weights: its function, not that plus branches that it never had.
+            state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
+    elif any(name.startswith(prefix) for name in state_dict):
+        deployed, requires_grad = (layer.kernel.detach(), layer.bias.detach()), layer.kernel.requires_grad
+        layer._drop("alpha", "kernel", "bias")
+        layer._build_branches(deployed[0].device, deployed[0].dtype)
+        layer.train(layer.training).requires_grad_(requires_grad)
+        missing = [prefix + name for name in trainable_names(layer) if prefix + name not in state_dict]
+        if missing:
+            layer._build_deployed(*deployed)
+            raise RuntimeError(
+                f"the state dict has neither {prefix}kernel nor all of the training form; missing are "
+                f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. A deployed layer can't take part of "
+                "a training form: load it into a model in training form, then reparameterize."
+            )
+
+
+def _names_of_branches(layer: LongConvolution) -> list[str]:
+    return [name for name in trainable_names(layer) if name not in ("weight", "bias")]
+
+
+def trainable_names(layer: LongConvolution) -> list[str]:
+    """Returns the names in a layer's state dict that a layer of its form can't do without."""
+    return [name for name in layer.state_dict() if name not in ("format", "grid", "lengths")]
+
+
+def check_reference(layer: LongConvolution, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one."""
+    if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
+        raise RuntimeError(
+            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't read "
+            "in training form. Deploy them with that version (model.reparameterize()): deployed weights still load."
+        )
+    own = {"format": FORMAT, "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
+    for name, value in own.items():
+        given = state_dict.get(prefix + name)
+        if given is not None and not given.is_meta and given.tolist() != value:
+            raise RuntimeError(
+                f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
+                "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
+                "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
+            )
+    shapes = {
+        "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
+        "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],
+    }
+    for name, allowed in shapes.items():
+        given = state_dict.get(prefix + name)
+        if given is not None and tuple(given.shape) not in allowed:
+            raise RuntimeError(f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer")
+
+
+def _reparameterize_after_load(layer: LongConvolution, incompatible_keys: Any) -> None:
     if layer.inference_mode:
         layer.reparameterize()
 
 
-class MRConv2d(DropsDerived):
+class MRConv2d(LongConvolution):
     """A depthwise convolution over the whole image: several long kernels over its pixels in sequence, and k×k taps.
 
     A drop-in for ``Conv2d(channels, channels, kernel_size, padding="same", dilation=dilation, groups=channels)``,
     whose ``weight`` and ``bias`` it keeps: with ``alpha`` zero it computes what that convolution computes. Images may
     have any height and width. Source: MRConv (Cunningham et al. 2024), sections 3 and 5.4; two-sided kernels, guard
-    columns (see `grid`), local taps and the "parseval" norm are ours. ``kernel_size=0, bidirectional=False`` is the
-    paper's layer.
-
-    The layer takes the form, training or deployed, of the state dict that it is given, unless ``inference_mode`` is
-    set: then it always ends deployed. A change of form makes new parameters, which an optimizer made before does not
-    know. The deployed form keeps the kernel's spectrum of the last two image sizes while gradients are off; in-place
-    changes through ``kernel.data`` go unseen by it.
+    columns (see `grid`), local taps and the norms "parseval" and "kernel" are ours. ``kernel_size=0,
+    bidirectional=False, branch_norm="batch"`` is the paper's layer.
 
     Args:
         channels: Number of channels C.
@@ -252,24 +449,16 @@ class MRConv2d(DropsDerived):
         kernel_size: Size k of the local taps, odd; 0 for none.
         dilation: Distance of the local taps in pixels.
         bias: Whether the local taps have a bias.
-        kernel: Parameterization of the branches, one of `kernels.KERNELS`.
-        min_length: Length of the shortest branch in positions; see `branch_lengths`.
-        max_branches: Largest number of branches.
-        bidirectional: Whether branches reach to positions ahead as well, with a kernel for each direction.
-        branch_norm: "batch", the paper's: a convolution and an ``nn.BatchNorm1d`` for each branch; or "parseval":
-            one convolution in all, see `ParsevalNorm`.
-        sync_norm: Whether "parseval" takes its statistics over all processes. For "batch", convert with
-            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
-        modes: Fourier modes a kernel. The paper does not state it.
-        taps: Dilated or sparse taps a kernel. The paper does not state it.
-        alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
         seed: Seed of the sparse lags. Default: one that no other layer of this process has.
-        inference_mode: Whether the layer is deployed from the start.
+        inference_mode: Whether the layer is deployed from the start; see `LongConvolution`.
+        exportable: Whether the deployed form computes without complex numbers, for exporters that have none.
         device: Device of the parameters.
         dtype: Type of the parameters.
+        **options: What the branches are like; see `BranchOptions`.
 
     Raises:
-        ValueError: If an argument is unknown or outside its range.
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is outside its range.
     """
 
     def __init__(
@@ -279,138 +468,36 @@ class MRConv2d(DropsDerived):
         kernel_size: int = 7,
         dilation: int = 1,
         bias: bool = True,
-        kernel: str = "fourier_sparse",
-        min_length: Optional[int] = None,
-        max_branches: int = 5,
-        bidirectional: bool = True,
-        branch_norm: str = "parseval",
-        sync_norm: bool = False,
-        modes: int = 16,
-        taps: int = 16,
-        alpha_init: Optional[float] = None,
         seed: Optional[int] = None,
         inference_mode: bool = False,
-        device=None,
-        dtype=None,
+        exportable: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        grid = to_2tuple(grid)
-        sizes = dict(channels=channels, dilation=dilation, max_branches=max_branches, modes=modes, taps=taps)
-        for name, value in (*sizes.items(), *(("grid", side) for side in grid)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        height, width = (grid, grid) if isinstance(grid, int) else grid
+        check_positive("dilation", dilation)
+        for side in (height, width):
+            check_positive("grid", side)
         if not isinstance(kernel_size, int) or kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be an odd integer, or 0 for no local taps, got {kernel_size!r}")
-        self.guard = dilation * (kernel_size // 2)
-        if min(grid) < self.guard + 1:
-            raise ValueError(f"grid must be at least {self.guard + 1} on each side to hold the taps, got {grid}")
-        if branch_norm not in BRANCH_NORMS:
-            raise ValueError(f"branch_norm must be one of {', '.join(BRANCH_NORMS)}, got {branch_norm!r}")
-        if sync_norm and branch_norm != "parseval":
-            raise ValueError(
-                f'sync_norm is for branch_norm="parseval", got {branch_norm!r}: '
-                "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
-            )
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.dilation = dilation
-        self.has_bias = bias and kernel_size > 0
-        self.reference_grid = tuple(grid)
-        self.row_stride = grid[1] + self.guard
-        self.branch_lengths = branch_lengths(grid[0] * self.row_stride, min_length, max_branches)
-        self.kernel_kind = kernel
-        self.bidirectional = bidirectional
-        self.branch_norm = branch_norm
-        self.sync_norm = sync_norm
-        self.modes = modes
-        self.taps = taps
-        self.alpha_init = 1 / len(self.branch_lengths) if alpha_init is None else alpha_init
-        self.seed = next(_seeds) if seed is None else seed
-        self.inference_mode = inference_mode
-
-        self.register_buffer("grid", torch.tensor([*grid, self.guard], device=device))
-        self.register_buffer("lengths", None)
-        for name in ("kernel", "weight", "bias", "alpha"):
-            self.register_parameter(name, None)
-        for name in ("branches", "norms", "norm"):
-            self.register_module(name, None)
-        self._build_branches(device, dtype)
-        self.register_load_state_dict_post_hook(_reparameterize_after_load)
-        if inference_mode:
-            self.reparameterize()
-
-    def extra_repr(self) -> str:
-        form = "deployed" if self.branches is None else f"branches={self.branch_lengths}, norm={self.branch_norm}"
-        return f"{self.channels}, grid={self.reference_grid}, kernel_size={self.kernel_size}, {form}"
-
-    # The two forms
-
-    def _build_branches(self, device, dtype) -> None:
-        """Gives the layer its training form, its parameters as at the start."""
-        dd = {"device": device, "dtype": dtype}
-        channels, branches = self.channels, len(self.branch_lengths)
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-
-        def one_sided(length: int) -> nn.Module:
-            return create_kernel(self.kernel_kind, channels, length, self.modes, self.taps, generator, **dd)
-
-        self.kernel = None
-        self.branches = nn.ModuleList(
-            TwoSidedKernel(one_sided(length), one_sided(length) if self.bidirectional else None)
-            for length in self.branch_lengths
+        guard = dilation * (kernel_size // 2)
+        if min(height, width) < guard + 1:
+            raise ValueError(f"grid must be at least {guard + 1} on each side to hold the taps, got {(height, width)}")
+        super().__init__(
+            channels=channels,
+            grid=(height, width),
+            guard=guard,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            bias=bias and kernel_size > 0,
+            options=BranchOptions(**options),
+            seed=seed,
+            inference_mode=inference_mode,
+            exportable=exportable,
+            device=device,
+            dtype=dtype,
         )
-        if self.branch_norm == "batch":
-            self.norms = nn.ModuleList(nn.BatchNorm1d(channels, **dd) for _ in self.branch_lengths)
-        else:
-            self.norm = ParsevalNorm(branches, channels, **dd)
-        self.alpha = nn.Parameter(torch.full((branches, channels), float(self.alpha_init), **dd))
-        self.lengths = torch.tensor(self.branch_lengths, device=device)
-        self.bias = nn.Parameter(torch.zeros(channels, **dd)) if self.has_bias else None
-        if self.kernel_size > 0:
-            self.weight = nn.Parameter(torch.empty(channels, 1, self.kernel_size, self.kernel_size, **dd))
-            nn.init.trunc_normal_(self.weight, std=0.02)  # as ConvNeXt's
-
-    def _build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
-        """Gives the layer its deployed form."""
-        requires_grad = any(parameter.requires_grad for parameter in self.parameters())
-        self.branches = self.norms = self.norm = self.alpha = self.weight = self.lengths = None
-        self.kernel = nn.Parameter(kernel, requires_grad)
-        self.bias = nn.Parameter(bias, requires_grad)
-
-    def branch_kernels(self) -> list[Tensor]:
-        """Returns the branches' two-sided kernels (C, 2·l_i − 1) as parameterized: before norm and α.
-
-        Raises:
-            RuntimeError: If the layer is deployed, its branches gone.
-        """
-        if self.branches is None:
-            raise RuntimeError("a deployed layer has no branches: call branch_kernels() before reparameterize()")
-        return [branch() for branch in self.branches]
-
-    @torch.no_grad()
-    def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Returns the kernel (C, 2·M − 1) and bias (C) that the layer equals in eval mode, folded in float64.
-
-        They act on the reference grid laid out by `grid.to_sequence`, M its number of positions.
-        """
-        if self.kernel is not None:
-            return self.kernel.detach().clone(), self.bias.detach().clone()
-        layer = copy.deepcopy(self).double()
-        if layer.norm is not None:
-            gain, shift = layer.norm.running()
-        else:
-            affine = [norm_affine(n.running_mean, n.running_var, n.weight, n.bias, n.eps) for n in layer.norms]
-            gain, shift = (torch.stack(values) for values in zip(*affine))
-        reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
-        kernel, bias = layer._merge(layer.branch_kernels(), gain, shift, reference)
-        return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
-
-    def reparameterize(self) -> None:
-        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent."""
-        if self.kernel is None:
-            self._build_deployed(*self.merged_kernel())
-
-    # Forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the layer's output, of ``x``'s shape and dtype.
@@ -425,242 +512,52 @@ class MRConv2d(DropsDerived):
         check_input(x, self.channels, 4)
         return self._convolve(x)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        x = at_least_float32(x)
-        if self.kernel is not None:
-            y = self._forward_deployed(x)
-        else:
-            y = self._forward_branches(x)
-        return y.to(dtype)
 
-    def _forward_deployed(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if not torch.is_grad_enabled() and is_ordinary(x, [self.kernel, self.bias]):
-                return convolve_deployed(x, self.kernel, self.bias, self.row_stride, self.guard)
-            if is_traced_for_onnx():
-                return convolve_for_onnx(x, self.kernel, self.bias, self.row_stride, self.guard)
-            if is_compiled_for_inference():
-                return torch.ops.mrconvnext.convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
-        y = long_conv_image(x, place_kernel(self.kernel, self.row_stride, x, self.guard), self.guard)
-        return add_bias(y, self.bias)
-
-    def _forward_branches(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if is_traced_for_onnx():
-                raise RuntimeError("the ONNX exporter can't trace the training form: reparameterize the model before")
-        return self._forward_batch(x) if self.norm is None else self._forward_parseval(x)
-
-    def _forward_batch(self, x: Tensor) -> Tensor:
-        """The paper's form: a convolution and a BatchNorm for each branch."""
-        n = image_fft_length(x, self.guard)
-        u_spectrum = spectrum(to_sequence(x, self.guard), n)
-        y = torch.zeros_like(x)
-        if self.weight is not None:
-            y = convolve_image(u_spectrum, place_taps(self.weight, self.dilation, x, self.guard), n, x, self.guard)
-        if self.bias is not None:
-            y = add_bias(y, self.bias)
-        kernels = self._placed_kernels(x)
-        for i, norm in enumerate(self.norms):
-            c = convolve_image(u_spectrum, kernels[i], n, x, self.guard)
-            c = norm(c.flatten(2).to(self.alpha.dtype)).reshape_as(x)
-            y = y + scaled(c, self.alpha[i])
-        return y
-
-    def _forward_parseval(self, x: Tensor) -> Tensor:
-        """One convolution for all branches, merged while they are kernels."""
-        if self.norm.training:
-            return self._forward_parseval_training(x)
-        gain, shift = self.norm.running()
-        kernel, bias = self._merge(self._placed_kernels(x), gain, shift, x)
-        return add_bias(long_conv_image(x, kernel, self.guard), bias)
-
-    def _forward_parseval_training(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if is_eager(x):
-                functions = self._mean, self._merge_with
-                return AdaptiveConvolution.apply(*functions, self.guard, x, *self.parameters())
-        # The mean of a feature map may lie far above its spread: take it out before anything is squared.
-        mean, count = self._mean(channel_sums(x))
-        v = to_sequence(add_bias(x, -mean), self.guard)
-        n = image_fft_length(x, self.guard)
-        correlation = autocorrelation(spectrum(v, n), n, v.shape[2])
-        kernel, bias = self._merge_by_statistics(x, correlation, mean, count)
-        return add_bias(long_conv_image(x, kernel, self.guard), bias)
-
-    def _mean(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean (C) of a batch and the number of pixels (0-dimensional) in it, by its `channel_sums`."""
-        sums = sum_over_processes(sums, self.sync_norm)
-        count = sums[-1].clamp(min=1)
-        return sums[:-1] / count, count
-
-    def _merge_by_statistics(
-        self, x: Tensor, correlation: Tensor, mean: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the kernel and bias (C) that the branches, normalised by a batch's statistics, merge into.
-
-        Args:
-            x: Images (B, C, H, W).
-            correlation: Autocorrelation of their sequences less the mean, see `longconv.autocorrelation`.
-            mean: Mean of the channels (C).
-            count: Number of pixels (0-dimensional).
-        """
-        kernels = self._placed_kernels(x)
-        energies = branch_energies(correlation, kernels, pair_weights(x, self.guard))
-        variance, response = responses_to_ones(kernels, x, self.guard)
-        variance = sum_over_processes(energies, self.sync_norm) / count + mean.square() * variance
-        gain, shift = self.norm(mean * response, variance, count)
-        return self._merge(kernels, gain, shift, x)
-
-    def _merge_with(self, parameters: list[Tensor], *statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """`_merge_by_statistics` with other tensors in the place of the layer's parameters."""
-        names = [name for name, _ in self.named_parameters()]
-        with _reparametrize_module(self, dict(zip(names, parameters))):
-            return self._merge_by_statistics(*statistics)
-
-    def _placed_kernels(self, x: Tensor) -> list[Tensor]:
-        """Returns the branches' kernels for images like ``x``."""
-        kernels: list[Tensor] = []
-        for branch in self.branches:
-            kernels.append(place_kernel(branch(), self.row_stride, x, self.guard))
-        return kernels
-
-    def _merge(self, kernels: list[Tensor], gain: Tensor, shift: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the kernel and bias (C) that normalised branches, α and local taps add up to.
-
-        Args:
-            kernels: The branches' kernels, placed for images like ``x``.
-            gain: Factor of every branch by its norm (N, C).
-            shift: Summand of every branch by its norm (N, C).
-            x: Images (B, C, H, W).
-        """
-        alpha = at_least_float32(self.alpha)
-        kernel = merge_kernels(kernels, alpha * gain)
-        if self.weight is not None:
-            kernel = add_kernels(kernel, place_taps(self.weight, self.dilation, x, self.guard))
-        bias = (alpha * shift).sum(0)
-        if self.bias is not None:
-            bias = bias + at_least_float32(self.bias)
-        return kernel, bias
-
-    # Loading
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        # Raised here, not collected: the layer's children would be loaded all the same.
-        self.check_reference(state_dict, prefix)
-        self._take_form_of(state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    @torch.jit.unused
-    def check_reference(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Raises a RuntimeError if a state dict's layer has another grid, other branches or channels than this one."""
-        own = {"grid": [*self.reference_grid, self.guard], "lengths": self.branch_lengths}
-        for name, value in own.items():
-            given = state_dict.get(prefix + name)
-            if given is not None and not given.is_meta and given.tolist() != value:
-                raise RuntimeError(
-                    f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
-                    "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
-                    "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
-                )
-        shapes = {
-            "kernel": (self.channels, 2 * self.reference_grid[0] * self.row_stride - 1),
-            "alpha": (len(self.branch_lengths), self.channels),
-        }
-        for name, shape in shapes.items():
-            given = state_dict.get(prefix + name)
-            if given is not None and given.shape != shape:
-                raise RuntimeError(
-                    f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {shape} in the layer"
-                )
-
-    def _take_form_of(self, state_dict, prefix: str) -> None:
-        """Changes to the form, training or deployed, of the weights in a state dict."""
-        if prefix + "kernel" in state_dict:
-            if self.kernel is None:
-                kernel = self.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
-                self._build_deployed(kernel, self.alpha.new_zeros(self.channels))
-        elif self.kernel is not None and any(name.startswith(prefix) for name in state_dict):
-            requires_grad = self.kernel.requires_grad
-            deployed = self.kernel.detach(), self.bias.detach()
-            self._build_branches(self.kernel.device, self.kernel.dtype)
-            self.train(self.training).requires_grad_(requires_grad)
-            missing = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
-            if missing:
-                self._build_deployed(*deployed)
-                raise RuntimeError(
-                    f"the state dict has neither {prefix}kernel nor all of the training form; missing are "
-                    f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. A deployed layer can't take part of "
-                    "a training form: load it into a model in training form, then reparameterize."
-                )
-
-
-class MRConv1d(MRConv2d):
+class MRConv1d(LongConvolution):
     """A depthwise convolution of sequences with several long kernels, each normalised and weighted.
 
     The layer of MRConv (Cunningham et al. 2024, section 3), on (B, C, L): an image of one column, without local taps.
-    Sequences may have any length; the kernels keep theirs.
+    Sequences may have any length; the kernels keep theirs. Causal and with Fourier kernels unless the options say
+    otherwise.
 
     Args:
         channels: Number of channels C.
         length: Length of the longest branch in positions: the reference length.
-        kernel: See `MRConv2d`.
-        min_length: See `branch_lengths`.
-        max_branches: See `branch_lengths`.
-        bidirectional: Whether branches reach to positions ahead as well; else the layer is causal.
-        branch_norm: See `MRConv2d`, as for the arguments below.
-        sync_norm: Whether "parseval" takes its statistics over all processes.
-        modes: Fourier modes a kernel.
-        taps: Dilated or sparse taps a kernel.
-        alpha_init: Start of ``alpha``.
-        seed: Seed of the sparse lags.
+        seed: See `MRConv2d`, as for the arguments below.
         inference_mode: Whether the layer is deployed from the start.
+        exportable: Whether the deployed form computes without complex numbers.
         device: Device of the parameters.
         dtype: Type of the parameters.
+        **options: See `BranchOptions`.
 
     Raises:
-        ValueError: If an argument is unknown or outside its range.
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is outside its range.
     """
 
     def __init__(
         self,
         channels: int,
         length: int,
-        kernel: str = "fourier",
-        min_length: Optional[int] = None,
-        max_branches: int = 5,
-        bidirectional: bool = False,
-        branch_norm: str = "parseval",
-        sync_norm: bool = False,
-        modes: int = 16,
-        taps: int = 16,
-        alpha_init: Optional[float] = None,
         seed: Optional[int] = None,
         inference_mode: bool = False,
-        device=None,
-        dtype=None,
+        exportable: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
     ) -> None:
-        if not isinstance(length, int) or length < 1:
-            raise ValueError(f"length must be an integer of at least 1, got {length!r}")
+        check_positive("length", length)
         super().__init__(
-            channels,
-            (length, 1),
+            channels=channels,
+            grid=(length, 1),
+            guard=0,
             kernel_size=0,
-            kernel=kernel,
-            min_length=min_length,
-            max_branches=max_branches,
-            bidirectional=bidirectional,
-            branch_norm=branch_norm,
-            sync_norm=sync_norm,
-            modes=modes,
-            taps=taps,
-            alpha_init=alpha_init,
+            dilation=1,
+            bias=False,
+            options=BranchOptions(**{"kernel": "fourier", "bidirectional": False, **options}),
             seed=seed,
             inference_mode=inference_mode,
+            exportable=exportable,
             device=device,
             dtype=dtype,
         )

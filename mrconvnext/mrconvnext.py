@@ -1,6 +1,7 @@
 """MRConvNeXt: timm's ConvNeXt with every depthwise convolution replaced by an `MRConv2d`, in timm's registry."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -8,27 +9,24 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from timm.layers import to_2tuple, to_ntuple
+from timm.layers import is_exportable, to_2tuple, to_ntuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from .block import use_fast_blocks
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
-from .mrconv import MRConv2d, check_input
+from .engines.block import use_piece_blocks
+from .mrconv import BranchOptions, MRConv2d, check_input
 
 __all__ = ["MRConvNeXt"]
+
+# Options of the layers. The model has one for each stage in the place of min_length.
+OPTIONS = tuple(field.name for field in dataclasses.fields(BranchOptions) if field.name != "min_length")
 
 # Arguments that belong to a model's training or that may change after it was made.
 NOT_SAVED = (
     *("num_classes", "in_chans", "global_pool", "inference_mode"),
     *("drop_rate", "drop_path_rate", "sync_norm", "alpha_init"),
-)
-
-# Options of the branches, which a ConvNeXt does not have.
-CONVERSION_OPTIONS = (
-    *("kernel", "branch_norm", "sync_norm", "bidirectional"),
-    *("min_lengths", "max_branches", "modes", "taps", "img_size"),
 )
 
 torch.fx.wrap("check_input")
@@ -45,15 +43,12 @@ def check_image_size(x: Tensor, smallest: int) -> None:
 
 
 class StemConv2d(nn.Conv2d):
-    """The stem's first convolution, which refuses what is no image for this model, however the model is run."""
+    """The stem's first convolution, which refuses what is not an image for this model, however the model is run."""
 
-    smallest: torch.jit.Final[int]
-
-    def __init__(self, smallest: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.smallest = smallest
+    smallest: int = 1  # side of an image in pixels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the features of images (B, C, H, W)."""
         check_input(x, self.in_channels, 4)
         check_image_size(x, self.smallest)
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -66,24 +61,15 @@ class MRConvNeXt(ConvNeXt):
     kernels were made for.
 
     Args:
-        kernel: Parameterization of the branches: "fourier_sparse", "fourier", "dilated" or "sparse".
-        branch_norm: "parseval", one convolution in all, or "batch", one convolution and BatchNorm for each branch.
-        sync_norm: Whether "parseval" takes its statistics over all processes.
-        bidirectional: Whether the branches reach to pixels ahead as well as behind.
-        min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
-            length of the sequence, see `mrconv.branch_lengths`.
-        max_branches: Largest number of branches of a layer.
-        modes: Fourier modes of a kernel.
-        taps: Dilated or sparse taps of a kernel.
-        alpha_init: Start of the branches' weights. Default: 1 / number of branches. 0 starts as the ConvNeXt that
-            the local taps make.
         img_size: Height and width of the images that the kernels are made for, in pixels. Other sizes run as
             well.
         kernel_sizes: Size of the local taps, odd, for all stages or each; 0 for none.
+        min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
+            length of the sequence, see `mrconv.branch_lengths`.
         inference_mode: Whether every layer is deployed from the start.
         device: Device of the parameters.
         dtype: Type of the parameters.
-        **kwargs: Arguments of timm's ``ConvNeXt``.
+        **kwargs: Options of the branches, `mrconv.BranchOptions`, and arguments of timm's ``ConvNeXt``.
 
     Raises:
         TypeError: If an argument is not known.
@@ -93,63 +79,40 @@ class MRConvNeXt(ConvNeXt):
     def __init__(
         self,
         *,
-        kernel: str = "fourier_sparse",
-        branch_norm: str = "parseval",
-        sync_norm: bool = False,
-        bidirectional: bool = True,
-        min_lengths: Optional[Union[int, Sequence[int]]] = None,
-        max_branches: int = 5,
-        modes: int = 16,
-        taps: int = 16,
-        alpha_init: Optional[float] = None,
         img_size: Union[int, tuple[int, int]] = 224,
         kernel_sizes: Union[int, Sequence[int]] = 7,
+        min_lengths: Optional[Union[int, Sequence[int]]] = None,
         inference_mode: bool = False,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        kernel_sizes = to_ntuple(4)(kernel_sizes)
-        if len(kernel_sizes) != 4:
-            raise ValueError(f"kernel_sizes must be one size or 4, one for each stage, got {kernel_sizes}")
+        kernel_sizes = for_each_stage("kernel_sizes", kernel_sizes)
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         # Where there are no local taps ConvNeXt still builds a convolution, which is replaced.
         super().__init__(kernel_sizes=tuple(max(1, k) for k in kernel_sizes), device=device, dtype=dtype, **kwargs)
-        self._replace_convolutions(
-            kernel_sizes,
-            img_size,
-            min_lengths,
-            kernel=kernel,
-            branch_norm=branch_norm,
-            sync_norm=sync_norm,
-            bidirectional=bidirectional,
-            max_branches=max_branches,
-            modes=modes,
-            taps=taps,
-            alpha_init=alpha_init,
-            inference_mode=inference_mode,
-        )
+        self._replace_convolutions(img_size, kernel_sizes, min_lengths, inference_mode, options)
         self.model_args.update({name: value for name, value in kwargs.items() if name not in NOT_SAVED})
 
     def _replace_convolutions(
         self,
-        kernel_sizes: Sequence[int],
         img_size: Union[int, tuple[int, int]],
+        kernel_sizes: tuple[int, ...],
         min_lengths: Optional[Union[int, Sequence[int]]],
-        **options: Any,
+        inference_mode: bool,
+        options: dict[str, Any],
     ) -> None:
         """Makes a ConvNeXt an MRConvNeXt. The arguments are those of the constructor."""
-        img_size, smallest_image = to_2tuple(img_size), self.feature_info[-1]["reduction"]
-        if len(img_size) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in img_size):
+        sides, smallest_image = to_2tuple(img_size), self.feature_info[-1]["reduction"]
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in sides):
             raise ValueError(f"img_size must be one or two integers of at least {smallest_image}, got {img_size}")
-        min_lengths = to_ntuple(4)(min_lengths)
-        if len(min_lengths) != 4:
-            raise ValueError(f"min_lengths must be one length or 4, one for each stage, got {min_lengths}")
+        min_lengths = for_each_stage("min_lengths", min_lengths)
         # What `hub` writes: where the weights came from on the Hub, and what makes the model again.
         self.started_from: Optional[str] = None
-        self.model_args = {"img_size": img_size, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
+        self.model_args = {"img_size": sides, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
         self.model_args.update({name: value for name, value in options.items() if name not in NOT_SAVED})
 
-        self._check_images(smallest_image)
+        self.stem[0].__class__, self.stem[0].smallest = StemConv2d, smallest_image
         seed = 0
         for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
             for block in stage.blocks:
@@ -157,30 +120,24 @@ class MRConvNeXt(ConvNeXt):
                 smallest = conv.dilation[0] * (kernel_size // 2) + 1
                 block.conv_dw = MRConv2d(
                     conv.in_channels,
-                    grid=tuple(max(side // info["reduction"], smallest) for side in img_size),
+                    grid=tuple(max(side // info["reduction"], smallest) for side in sides),
                     kernel_size=kernel_size,
                     dilation=conv.dilation[0],
                     bias=conv.bias is not None,
                     min_length=min_length,
                     seed=seed,
+                    inference_mode=inference_mode,
+                    exportable=is_exportable(),
                     device=conv.weight.device,
                     dtype=conv.weight.dtype,
                     **options,
                 )
                 seed += 1
-        use_fast_blocks(self)
-
-    def _check_images(self, smallest: int) -> None:
-        """Makes the stem refuse what is no image for this model: not every way to run it calls ``forward``."""
-        conv = self.stem[0]
-        sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        stem = StemConv2d(smallest, *sizes, device="meta")
-        stem.weight, stem.bias = conv.weight, conv.bias
-        self.stem[0] = stem
+        use_piece_blocks(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of the kernels' parameters, α and the branches' norms; local taps decay as in ConvNeXt."""
+        """Returns the names of the kernels, α and the branches' norms; local taps decay as in ConvNeXt."""
         names = set()
         for prefix, layer in self.named_modules():
             if isinstance(layer, MRConv2d):
@@ -201,15 +158,29 @@ class MRConvNeXt(ConvNeXt):
         return self
 
 
-def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
+def for_each_stage(name: str, value: Any) -> tuple:
+    """Returns an argument that is one value for all stages or one for each of the four as the latter."""
+    values = to_ntuple(4)(value)
+    if len(values) != 4:
+        raise ValueError(f"{name} must be one value or 4, one for each stage, got {value}")
+    return tuple(values)
+
+
+def from_convnext(
+    model: ConvNeXt,
+    img_size: Union[int, tuple[int, int]] = 224,
+    min_lengths: Optional[Union[int, Sequence[int]]] = None,
+    **options: Any,
+) -> MRConvNeXt:
     """Returns an MRConvNeXt that computes what a ConvNeXt of timm computes, made of copies of its parts.
 
     The branches of its kernels are new; their α is zero, with gradients.
 
     Args:
         model: A ConvNeXt or ConvNeXt V2, as trained. It stays as it is.
-        **options: Options of the branches, `MRConvNeXt`'s: ``kernel``, ``branch_norm``, ``sync_norm``,
-            ``bidirectional``, ``min_lengths``, ``max_branches``, ``modes``, ``taps``, ``img_size``.
+        img_size: See `MRConvNeXt`.
+        min_lengths: See `MRConvNeXt`.
+        **options: Options of the branches; see `mrconv.BranchOptions`.
 
     Raises:
         TypeError: If ``model`` is anything else, or an option unknown.
@@ -224,15 +195,13 @@ def from_convnext(model: ConvNeXt, **options: Any) -> MRConvNeXt:
                 "model must be a ConvNeXt with zero-padded k×k depthwise convolutions, k odd and the same in a stage, "
                 f"got {convolutions}"
             )
-    defaults = MRConvNeXt.__init__.__kwdefaults__
-    own = {name: defaults[name] for name in CONVERSION_OPTIONS}
-    if unknown := [name for name in options if name not in own]:
-        raise TypeError(f"options must be among {', '.join(own)}, got {', '.join(unknown)}")
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}")
 
     converted = copy.deepcopy(model)
     converted.__class__ = MRConvNeXt
     kernel_sizes = tuple(stage.blocks[0].conv_dw.kernel_size[0] for stage in model.stages)
-    converted._replace_convolutions(kernel_sizes, **{**own, **options})
+    converted._replace_convolutions(img_size, kernel_sizes, min_lengths, inference_mode=False, options=options)
     converted.load_state_dict(with_branches(model.state_dict(), converted))
     for name, layer in converted.named_modules():
         if isinstance(layer, MRConv2d):
@@ -267,22 +236,32 @@ def _is_replaceable(conv: nn.Module, kernel_size: tuple[int, int]) -> bool:
     )
 
 
-SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+SIZES = {
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+NAMES = [f"{family}_{size}" for family in ("convnext", "convnextv2") for size in SIZES if (family, size) != ("convnext", "huge")]
 
 default_cfgs = generate_default_cfgs(
-    {
-        name: cfg
-        for family, sizes in (("convnext", SIZES), ("convnextv2", (*SIZES, "huge")))
-        for size in sizes
-        for name, cfg in cfgs_of_convnext(f"mr{family}_{size}", f"{family}_{size}").items()
-    }
+    {tag: cfg for name in NAMES for tag, cfg in cfgs_of_convnext(f"mr{name}", name).items()}
 )
 
 
 def _create_mrconvnext(
     variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> MRConvNeXt:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    cfg = resolve_pretrained_cfg(
+        variant,
+        pretrained_cfg=kwargs.get("pretrained_cfg"),
+        pretrained_cfg_overlay=kwargs.get("pretrained_cfg_overlay"),
+    )
     if pretrained and cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"there are no weights at {cfg.file}")
     try:
@@ -304,120 +283,23 @@ def _create_mrconvnext(
     return model
 
 
-@register_model
-def mrconvnext_atto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_atto``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True)
-    return _create_mrconvnext("mrconvnext_atto", pretrained, model_args, kwargs)
+def _register(name: str) -> None:
+    """Registers the MRConvNeXt with widths and depths of a ConvNeXt of timm, and V2's global response norms."""
+    family, size = name.split("_")
+    depths, dims = SIZES[size]
+    model_args: dict[str, Any] = dict(depths=depths, dims=dims)
+    if size in ("atto", "femto", "pico", "nano"):  # as timm has them
+        model_args["conv_mlp"] = True
+    if family == "convnextv2":
+        model_args.update(use_grn=True, ls_init_value=None)
+
+    def create(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
+        return _create_mrconvnext(f"mr{name}", pretrained, model_args, kwargs)
+
+    create.__name__ = create.__qualname__ = f"mr{name}"
+    create.__doc__ = f"MRConvNeXt with the widths and depths of timm's ``{name}``."
+    globals()[create.__name__] = register_model(create)
 
 
-@register_model
-def mrconvnext_femto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_femto``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), conv_mlp=True)
-    return _create_mrconvnext("mrconvnext_femto", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_pico(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_pico``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512), conv_mlp=True)
-    return _create_mrconvnext("mrconvnext_pico", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_nano(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_nano``."""
-    model_args = dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640), conv_mlp=True)
-    return _create_mrconvnext("mrconvnext_nano", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_tiny(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_tiny``; MRConvNeXt-T of the paper."""
-    model_args = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
-    return _create_mrconvnext("mrconvnext_tiny", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_small(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_small``; MRConvNeXt-S of the paper."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768))
-    return _create_mrconvnext("mrconvnext_small", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_base(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_base``; MRConvNeXt-B of the paper."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024))
-    return _create_mrconvnext("mrconvnext_base", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnext_large(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths and depths of timm's ``convnext_large``."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536))
-    return _create_mrconvnext("mrconvnext_large", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_atto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_atto``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), use_grn=True, ls_init_value=None, conv_mlp=True)
-    return _create_mrconvnext("mrconvnextv2_atto", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_femto(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_femto``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), use_grn=True, ls_init_value=None, conv_mlp=True)
-    return _create_mrconvnext("mrconvnextv2_femto", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_pico(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_pico``."""
-    model_args = dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512), use_grn=True, ls_init_value=None, conv_mlp=True)
-    return _create_mrconvnext("mrconvnextv2_pico", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_nano(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_nano``."""
-    model_args = dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640), use_grn=True, ls_init_value=None, conv_mlp=True)
-    return _create_mrconvnext("mrconvnextv2_nano", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_tiny(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_tiny``."""
-    model_args = dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), use_grn=True, ls_init_value=None)
-    return _create_mrconvnext("mrconvnextv2_tiny", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_small(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_small``."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768), use_grn=True, ls_init_value=None)
-    return _create_mrconvnext("mrconvnextv2_small", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_base(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_base``."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024), use_grn=True, ls_init_value=None)
-    return _create_mrconvnext("mrconvnextv2_base", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_large(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_large``."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536), use_grn=True, ls_init_value=None)
-    return _create_mrconvnext("mrconvnextv2_large", pretrained, model_args, kwargs)
-
-
-@register_model
-def mrconvnextv2_huge(pretrained: bool = False, **kwargs: Any) -> MRConvNeXt:
-    """MRConvNeXt with the widths, depths and global response norms of timm's ``convnextv2_huge``."""
-    model_args = dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816), use_grn=True, ls_init_value=None)
-    return _create_mrconvnext("mrconvnextv2_huge", pretrained, model_args, kwargs)
+for _name in NAMES:
+    _register(_name)

@@ -1,6 +1,5 @@
-"""Pictures of what the layers hold and of what they cost. Needs matplotlib: ``pip install "mrconvnext[plots]"``."""
+"""Pictures of what the layers of a model hold and see. Needs matplotlib: ``pip install "mrconvnext[plots]"``."""
 
-import textwrap
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def _plot_layer(layer: MRConv2d, axes: list[Axes], title: str) -> None:
     _plot_image(merged_image, merged, layer, "merged")
 
 
-def _plot_sequence(ax: Axes, kernel: Tensor, **style) -> None:
+def _plot_sequence(ax: Axes, kernel: Tensor, **style: Any) -> None:
     reach = len(kernel) // 2
     ax.plot(range(-reach, reach + 1), kernel.numpy(), linewidth=0.8, **style)
     ax.set_xlabel("lag", fontsize="small")
@@ -76,92 +75,6 @@ def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str) -> None:
     ax.set_xlabel("columns", fontsize="small")
     ax.set_ylabel("rows", fontsize="small")
     ax.tick_params(labelsize="x-small")
-
-
-# A benchmark's rows are dictionaries with the keys model, form, batch_size, img_size (height and width in pixels),
-# ms (of a pass) and images_per_s.
-
-
-def plot_throughput(rows: list[dict[str, Any]]) -> Figure:
-    """Returns a picture of the images per second of every row, a panel for each batch and image size."""
-    lines = max(sum(1 + _label(row).count("\n") for row in group) for group in _groups(rows, "batch_size", "img_size"))
-    figure, panels = _panels(rows, "batch_size", "img_size", height=0.9 + 0.28 * lines)
-    for ax, group in panels:
-        bars = ax.barh(range(len(group)), [row["images_per_s"] for row in group], color=[_colour(row) for row in group])
-        ax.bar_label(bars, fmt="{:,.1f}", padding=3, fontsize="x-small")
-        ax.set_yticks(range(len(group)), [_label(row) for row in group], fontsize="small")
-        ax.invert_yaxis()
-        ax.margins(x=0.12)
-        ax.set_xlabel("images/s", fontsize="small")
-    return figure
-
-
-def plot_time_per_pixel(rows: list[dict[str, Any]]) -> Figure:
-    """Returns a picture of the time per pixel over the image size, in ns, a panel for each batch size."""
-    figure, panels = _panels(rows, "batch_size", height=4.2)
-    for ax, group in panels:
-        for line in _groups(group, "model", "form"):
-            sizes = [row["img_size"] for row in line]
-            times = [1e6 * row["ms"] / (row["batch_size"] * row["img_size"] ** 2) for row in line]
-            ax.plot(sizes, times, "-" if _is_ours(line[0]) else "--", marker="o", markersize=4, label=_label(line[0]))
-        ax.set_xscale("log")
-        sizes = sorted({row["img_size"] for row in group})
-        ax.set_xticks(sizes, [str(size) for size in sizes])
-        ax.minorticks_off()
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel("image size in pixels", fontsize="small")
-        ax.set_ylabel("ns per pixel", fontsize="small")
-        ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def plot_accuracy(rows: list[dict[str, Any]]) -> Figure:
-    """Returns a picture of the rows' ``top1``, in %, over images per second, a panel for each batch and image size."""
-    figure, panels = _panels(rows, "batch_size", "img_size", height=4.2)
-    for ax, group in panels:
-        for row in group:
-            place = (row["images_per_s"], row["top1"])
-            ax.plot(*place, "o", color=_colour(row))
-            ax.annotate(_label(row), place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize="x-small")
-        ax.margins(0.25)
-        ax.set_xlabel("images/s", fontsize="small")
-        ax.set_ylabel("top-1 in %", fontsize="small")
-    return figure
-
-
-def _groups(rows: list[dict[str, Any]], *keys: str) -> list[list[dict[str, Any]]]:
-    """Returns the rows in groups that agree in ``keys``, in the order of each one's first row."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.values())
-
-
-def _panels(
-    rows: list[dict[str, Any]], *keys: str, height: float
-) -> tuple[Figure, list[tuple[Axes, list[dict[str, Any]]]]]:
-    """Returns a figure with a panel, ``height`` inches high, for each group of rows, and the panels with their rows."""
-    groups = _groups(rows, *keys)
-    figure = Figure(figsize=(9, height * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), squeeze=False)[:, 0]
-    names = {"batch_size": "batch {}", "img_size": "{} px"}
-    for ax, group in zip(axes, groups):
-        ax.set_title(", ".join(names[key].format(group[0][key]) for key in keys), fontsize="small")
-        ax.tick_params(labelsize="x-small")
-    return figure, list(zip(axes, groups))
-
-
-def _label(row: dict[str, Any]) -> str:
-    """Returns a row's name, in several lines where a model has many options: they would leave no room for the rest."""
-    return textwrap.fill(f"{row['model'].replace(':', ': ')} ({row['form']})", 50)
-
-
-def _is_ours(row: dict[str, Any]) -> bool:
-    return row["model"].startswith("mrconvnext")
-
-
-def _colour(row: dict[str, Any]) -> str:
-    return "C0" if _is_ours(row) else "0.6"
 
 
 def plot_training(rows: list[dict[str, float]]) -> Figure:

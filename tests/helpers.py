@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import mrconvnext
-from mrconvnext.mrconv import ParsevalNorm
+from mrconvnext.norms import ParsevalNorm
 
 SMALL = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), num_classes=10, img_size=64)
 

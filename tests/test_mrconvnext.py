@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mrconvnext
 from mrconvnext.kernels import KERNELS
-from mrconvnext.mrconv import BRANCH_NORMS
+from mrconvnext.norms import NORMS
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
 NAMES = [f"mrconvnext_{size}" for size in SIZES] + [f"mrconvnextv2_{size}" for size in (*SIZES, "huge")]
@@ -77,8 +77,8 @@ def test_options_reach_the_layers() -> None:
     for stage, min_length, kernel_size, side in zip(model.stages, (30, 20, 10, 5), (0, 3, 5, 7), (24, 12, 6, 4)):
         layer = stage.blocks[0].conv_dw
         assert layer.branch_lengths == [min_length, side * (side + kernel_size // 2)]
-        assert layer.branches[0].causal.values.shape[1] == 5 and layer.branches[0].anticausal is None
-        assert (layer.alpha == 0.25).all() and layer.norm is not None and layer.sync_norm
+        assert layer.kernels.values.shape[2:] == (1, 5)
+        assert (layer.alpha == 0.25).all() and layer.norm.sync
         assert (layer.weight is None) if kernel_size == 0 else (layer.weight.shape[-1] == kernel_size)
 
 
@@ -93,7 +93,7 @@ def test_the_papers_layer_has_its_lengths_and_no_local_taps() -> None:
 def test_no_two_layers_have_the_same_lags() -> None:
     model = timm.create_model("mrconvnext_atto", depths=(2, 2, 2, 2), dims=(16, 16, 16, 16), img_size=32)
     layers = [*layers_of(model), mrconvnext.MRConv2d(16, (8, 8)), mrconvnext.MRConv2d(16, (8, 8))]
-    lags = [layer.branches[0].causal.sparse.lags for layer in layers]
+    lags = [layer.kernels.lags[0, :, 0] for layer in layers]
     assert {tuple(own.shape) for own in lags} == {(16, 16)}
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(lags, 2))
 
@@ -114,7 +114,7 @@ def test_deployed_model_refuses_a_convnext_checkpoint() -> None:
         model.load_state_dict(convnext.state_dict(), strict=False)
 
 
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 def test_weight_decay_spares_kernels_and_alpha(branch_norm: str) -> None:
     from timm.optim import param_groups_weight_decay
 
@@ -148,7 +148,7 @@ def layer_outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], li
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 @pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
 def test_deployed_equals_trained(kernel: str, branch_norm: str, bidirectional: bool, output_stride: int) -> None:
@@ -171,20 +171,19 @@ def test_deployed_equals_trained(kernel: str, branch_norm: str, bidirectional: b
     assert relative_error(deployed(x), logits) > 1e-3
 
 
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 def test_our_method_and_timms_function_give_the_same(branch_norm: str) -> None:
     model = small_model(branch_norm=branch_norm)
     x = torch.randn(2, 3, 64, 64)
     theirs = reparameterize_model(model)
-    assert layers_of(model)[0].branches is not None
+    assert layers_of(model)[0].kernel is None
     assert model.reparameterize() is model
     for a, b in zip(model.state_dict().values(), theirs.state_dict().values()):
         assert torch.equal(a, b)
     assert torch.equal(model(x), theirs(x))
     again = copy.deepcopy(model).reparameterize()
     assert torch.equal(reparameterize_model(again)(x), model(x))
-    norms = (nn.modules.batchnorm._BatchNorm, mrconvnext.mrconv.ParsevalNorm, mrconvnext.kernels.TwoSidedKernel)
-    assert not any(isinstance(module, norms) for module in model.modules())
+    assert not any(list(layer.children()) for layer in layers_of(model))
 
 
 def test_deployed_checkpoint_is_convnexts_keys_and_one_kernel_a_layer() -> None:
@@ -192,11 +191,11 @@ def test_deployed_checkpoint_is_convnexts_keys_and_one_kernel_a_layer() -> None:
     convnext = timm.create_model("convnext_atto", **{k: v for k, v in SMALL.items() if k != "img_size"}).state_dict()
     layers = {name.removesuffix("weight") for name in convnext if name.endswith("conv_dw.weight")}
     expected = {name for name in convnext if not name.endswith("conv_dw.weight")}
-    expected |= {layer + name for layer in layers for name in ("kernel", "grid")}
+    expected |= {layer + name for layer in layers for name in ("kernel", "alpha", "grid", "format")}
     assert deployed == expected
 
 
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 def test_checkpoints_load_in_all_four_directions(branch_norm: str) -> None:
     trained = small_model(branch_norm=branch_norm)
     deployed = reparameterize_model(trained)
@@ -244,7 +243,7 @@ def convnext_with_large_kernels(**options) -> nn.Module:
 
 
 @pytest.mark.parametrize("img_size", [224, 32, 64, 96])
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 @torch.no_grad()
 def test_equals_convnext_with_alpha_zero(branch_norm: str, img_size: int) -> None:
     convnext = convnext_with_large_kernels().eval()
@@ -252,8 +251,7 @@ def test_equals_convnext_with_alpha_zero(branch_norm: str, img_size: int) -> Non
     model = randomize(model)
     missing, unexpected = model.load_state_dict(convnext.state_dict(), strict=False)
     assert not unexpected and all(".conv_dw." in name for name in missing)
-    for layer in layers_of(model):
-        layer.alpha.zero_()
+    assert all((layer.alpha == 0).all() for layer in layers_of(model))
     sizes = [(224, 224), (97, 161), (320, 256), (64, 512)]
     inputs = [torch.randn(2, 3, *size) for size in sizes]
     expected = [convnext(x) for x in inputs]
@@ -273,12 +271,12 @@ def test_equals_convnext_with_alpha_zero(branch_norm: str, img_size: int) -> Non
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 64), (40, 300), (225, 95), (160, 32)])
-@pytest.mark.parametrize("branch_norm", BRANCH_NORMS)
+@pytest.mark.parametrize("branch_norm", NORMS)
 @pytest.mark.parametrize("img_size", [64, (96, 160)])
 def test_any_size(img_size, branch_norm: str, size: tuple[int, int]) -> None:
     model = small_model(branch_norm=branch_norm, img_size=img_size).train()
     # A BatchNorm needs two values a channel, which the last stage of a 32-pixel image has at batch 2.
-    x = torch.randn(1 if branch_norm == "parseval" else 2, 3, *size, requires_grad=True)
+    x = torch.randn(2 if branch_norm == "batch" else 1, 3, *size, requires_grad=True)
     model(x).square().sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,49 @@
+"""ConvNeXt's block on a CPU: its pointwise layers a few images at a time, so that their features stay in the cache."""
+
+from typing import Optional
+
+import torch
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from torch import Tensor
+
+# Of a piece's hidden features, the largest that the pointwise layers make.
+PIECE_BYTES = 6 * 2**20
+
+
+class PieceBlock(ConvNeXtBlock):
+    """A block of timm's ConvNeXt that computes the same, in evaluation on a CPU with fewer passes over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the block's output (B, C, H, W) for images of that size."""
+        if self.training or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+            return super().forward(x)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or len(x) == 0:
+            return super().forward(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = self.conv_dw(x)
+        size = max(1, PIECE_BYTES // (4 * x[0].numel() * x.element_size()))  # ConvNeXt's hidden features: 4 · C
+        pieces = [self._after_convolution(*own) for own in zip(y.split(size), x.split(size))]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _after_convolution(self, y: Tensor, shortcut: Tensor) -> Tensor:
+        if self.use_conv_mlp:
+            y = self.mlp(self.norm(y))
+        else:
+            y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        y, shortcut = self.drop_path(y), self.shortcut(shortcut)
+        gamma: Optional[Tensor] = self.gamma
+        return shortcut + y if gamma is None else torch.addcmul(shortcut, y, gamma[:, None, None])
+
+    def __prepare_scriptable__(self) -> ConvNeXtBlock:
+        """Returns timm's block with these modules: the one that TorchScript compiles."""
+        block = ConvNeXtBlock.__new__(ConvNeXtBlock)
+        block.__dict__.update(self.__dict__)
+        return block
+
+
+def use_piece_blocks(model: ConvNeXt) -> ConvNeXt:
+    """Gives a ConvNeXt these blocks, in place, and returns it."""
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.__class__ = PieceBlock
+    return model

@@ -1,0 +1,59 @@
+"""The operations on a CPU: those of `plain`, a few images at a time.
+
+Spectra take more than twice the memory of the images, and fresh memory costs a CPU more time than the arithmetic on it.
+A few images' spectra stay in its cache, and their memory is used again.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import plain
+
+# Of the padded sequences of a piece.
+PIECE_BYTES = 3 * 2**20
+
+
+def piece_size(x: Tensor, branches: int, n: int) -> int:
+    """Returns how many images are computed at a time: at least one."""
+    return max(1, PIECE_BYTES // max(1, branches * x.shape[1] * n * x.element_size()))
+
+
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+    """`longconv.convolve`."""
+    reach = kernel.shape[-1] // 2
+    n = plain.fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
+    spectrum = plain.kernel_spectrum(x, kernel, n)
+    y = plain.empty_output(x, kernel.shape[0])
+    size = piece_size(x, len(spectrum), n)
+    for images, out in zip(x.split(size), y.split(size)):
+        own = plain.convolve_spectrum(images, spectrum, reach, guard, n)
+        if bias is None:
+            out.copy_(own)
+        else:
+            torch.add(own, bias.to(own.dtype)[:, None, None], out=out)
+    return y
+
+
+def convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`longconv.convolve_backward`."""
+    reach = kernel.shape[-1] // 2
+    n = plain.fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
+    conjugate = plain.kernel_spectrum(x, kernel, n).conj_physical()
+    grad_x = plain.empty_output(x, x.shape[1])
+    cross = torch.zeros_like(conjugate).flatten(0, 1)
+    size = piece_size(x, len(conjugate), n)
+    for images, grads, out in zip(x.split(size), grad.split(size), grad_x.split(size)):
+        own_grad, own_cross = plain.gradients(grads, images, conjugate, reach, guard, n)
+        out.copy_(own_grad)
+        cross += own_cross
+    return grad_x, plain.kernel_gradient(cross, kernel, n), plain.bias_gradient(grad)
+
+
+def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
+    """`longconv.autocorrelation`."""
+    length = x.shape[2] * (x.shape[3] + guard)
+    n = plain.fft_length(2 * length - 1)
+    pieces = x.split(piece_size(x, 1, n))
+    return plain.correlation_of(sum(plain.power(images, mean, guard, n) for images in pieces), length, n)

@@ -1,0 +1,112 @@
+"""Counts what a GPU would be asked to do: operations launched, and bytes read and written, on the ``meta`` device.
+
+    python scripts/launches.py
+
+Each row is one training step (forward and backward) or one deployed forward pass, with ratios to timm's ConvNeXt of the
+same size. "plain" counts every operation of the plain engine, "fused" the package's operations as one launch each that
+reads its arguments and writes its results. Views are not counted, nor tensors that are kept whatever the weights are.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mrconvnext  # noqa: F401  registers the models
+from mrconvnext.engines import plain
+
+# Allocations and others that do nothing on a device.
+FREE = {"detach", "empty", "new_empty", "_unsafe_view"}
+
+
+class Cost(NamedTuple):
+    """What a device is asked to do: the number of launches, and gigabytes read and written."""
+
+    launches: int
+    gigabytes: float
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that run under it.
+
+    Args:
+        fused: Whether the package's operations count as one launch each.
+    """
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.launches = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        name = name.partition(".")[0]
+        if namespace == "mrconvnext" and not self.fused:
+            with self:
+                return getattr(plain, name)(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view and name not in FREE:
+            self.launches += 1
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
+        return output
+
+
+def count(run: Callable[[], Any], fused: bool) -> Cost:
+    """Returns the cost of what a function does."""
+    run()  # what depends on sizes alone is made in the first run
+    with Counter(fused) as counter:
+        run()
+    return Cost(counter.launches, counter.bytes / 1e9)
+
+
+def training_step(name: str, batch: int, fused: bool, **options: Any) -> Cost:
+    """Returns the cost of a forward and backward pass of a model on images of 224 px."""
+    model = timm.create_model(name, device="meta", **options).train()
+    images = torch.empty(batch, 3, 224, 224, device="meta")
+
+    def step() -> None:
+        model.zero_grad()
+        model(images).sum().backward()
+
+    return count(step, fused)
+
+
+@torch.no_grad()
+def forward_pass(name: str, batch: int, fused: bool, **options: Any) -> Cost:
+    """Returns the cost of a forward pass of a model on images of 224 px."""
+    model: nn.Module = timm.create_model(name, device="meta", **options).eval()
+    images = torch.empty(batch, 3, 224, 224, device="meta")
+    return count(lambda: model(images), fused)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny", help="size of the models (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images (default: %(default)s)")
+    args = parser.parse_args()
+    ours, batch = f"mrconvnext_{args.size}", args.batch_size
+    print("| | operations | launches | ratio | GB | ratio |\n| --- | --- | --- | --- | --- | --- |")
+    for label, measure, variants in (
+        ("training step", training_step, [{}, *({"branch_norm": norm} for norm in mrconvnext.norms.NORMS)]),
+        ("deployed", forward_pass, [{"inference_mode": True}]),
+    ):
+        reference = measure(f"convnext_{args.size}", batch, fused=False)
+        print(f"| {label}, ConvNeXt | | {reference.launches} | 1 | {reference.gigabytes:.1f} | 1 |")
+        for options in variants:
+            words = " ".join([label, *(f"{key}={value}" for key, value in options.items() if key == "branch_norm")])
+            for fused in (False, True):
+                cost = measure(ours, batch, fused=fused, **options)
+                ratios = cost.launches / reference.launches, cost.gigabytes / reference.gigabytes
+                print(
+                    f"| {words} | {'fused' if fused else 'plain'} | {cost.launches} | {ratios[0]:.2f} "
+                    f"| {cost.gigabytes:.1f} | {ratios[1]:.2f} |"
+                )
+
+
+if __name__ == "__main__":
+    main()
