@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Optional
 
-from train_imagenet import parse_args
+from training.arguments import parse_args
 
 # Equal for all: a ConvNeXt of four stages, whose first sees the images in full resolution.
 SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)", "patch_size=1")

@@ -34,7 +34,9 @@ from tqdm import tqdm
 
 from experiments.data import MissingData, write
 from experiments.rows import Row, all_rows
-from train_imagenet import INTERRUPTED, Refused, noting_signals, positive
+from training.arguments import positive
+from training.errors import UserError
+from training.processes import INTERRUPTED, signals_call
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters")
@@ -53,9 +55,9 @@ def main(argv: Optional[list[str]] = None) -> int:
         with only_one(args.output) as lock:
             runner = Runner(args, lock)
             runner.prepare(sum(waves, []))
-            with noting_signals(runner.stop):
+            with signals_call(runner.stop):
                 return runner.run(waves)
-    except (Refused, MissingData) as error:
+    except (UserError, MissingData) as error:
         print(f"experiments.run: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -97,7 +99,7 @@ def only_one(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise Refused(
+            raise UserError(
                 f"another runner, or a row that a killed one left, is at work on {folder / 'results.csv'}"
             ) from error
         yield file.fileno()

@@ -15,7 +15,8 @@ from typing import Optional
 import benchmark_throughput
 from experiments.rows import main_rows, pathfinder_rows
 from experiments.run import only_one
-from train_imagenet import Refused, positive
+from training.arguments import positive
+from training.errors import UserError
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         with only_one(args.output):
             os.chdir(args.output)  # what is written names paths relative to it
             return measure(args.rounds)
-    except Refused as error:
+    except UserError as error:
         print(f"experiments.speed: {error}", file=sys.stderr)
         return 2
 

@@ -77,7 +77,7 @@ def test_an_interrupted_row_goes_on(short_rows: list, tmp_path: Path) -> None:
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     run.main(options)
     assert results(tmp_path)[short_rows[0].identifier]["status"] == "done"
-    assert "goes on at step" in log.read_text()
+    assert "resuming at step" in log.read_text()
 
 
 def after_steps(log: Path, act: Callable[[], None]) -> None:

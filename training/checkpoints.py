@@ -1,5 +1,6 @@
 """Checkpoints of a training run: one safetensors file each, with JSON in its header; complete, or not there at all."""
 
+import contextlib
 import json
 import logging
 import os
@@ -13,13 +14,13 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 
 
 def write(
     file: Path, tensors: dict[str, Tensor], state: Optional[dict[str, Any]] = None, keep: Optional[Path] = None
 ) -> None:
-    """Writes a file under another name, then moves it: what bears a checkpoint's name is complete.
+    """Writes a file under a temporary name, then renames it: a file with a checkpoint's name is complete.
 
     Args:
         file: Where to write.
@@ -28,7 +29,7 @@ def write(
         keep: Where the file that ``file`` replaces is kept.
 
     Raises:
-        OSError: If it can't be written, the disk full for one. Nothing is left behind.
+        OSError: If it can't be written, because the disk is full for example. Nothing is left behind.
     """
     temporary = file.with_name(f".{file.name}.writing")
     try:
@@ -50,7 +51,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the state of a file that `write` wrote.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If it does not exist.
         ValueError: If it is truncated, damaged or another kind of file.
     """
     if not file.is_file():
@@ -60,11 +61,15 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             return tensors, json.loads((opened.metadata() or {})["state"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is no complete checkpoint ({error!r})") from error
+        raise ValueError(f"{file} is not a complete checkpoint ({error!r})") from error
 
 
 def write_last(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes the newest checkpoint of a run and keeps the one before it."""
+    """Writes the newest checkpoint of a run and keeps the one before it.
+
+    Raises:
+        OSError: If it can't be written.
+    """
     write(folder / LAST, tensors, state, keep=folder / PREVIOUS)
 
 
@@ -83,6 +88,16 @@ def read_newest(folder: Path) -> Optional[tuple[dict[str, Tensor], dict[str, Any
     if files:
         raise ValueError(f"none of the checkpoints in {folder} is complete: {', '.join(file.name for file in files)}")
     return None
+
+
+def describe_last_good(folder: Path, step: int) -> str:
+    """Returns which checkpoint of a run is the newest one from before a step that failed, if there is one."""
+    for name in (LAST, PREVIOUS):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found = read(folder / name)[1]["step"]
+            if found < step:
+                return f"the last good checkpoint is {folder / name}, of step {found}"
+    return f"there is no good checkpoint in {folder}"
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,160 @@
+"""The command line of ``train_imagenet.py``."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from timm.utils import ParseKwargs
+
+
+def positive(text: str) -> int:
+    """Reads an integer of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """Reads an integer of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Reads a number between 0 and 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+    return value
+
+
+class KeyValue(ParseKwargs):
+    """Reads NAME=VALUE and rejects anything else."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Optional[str] = None,
+    ) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} must be NAME=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = None) -> argparse.Namespace:
+    """Returns the arguments of a run.
+
+    Args:
+        argv: Words of the command line, those of this program if None.
+        description: What ``--help`` begins with.
+
+    Raises:
+        SystemExit: If the command line is invalid, after printing why.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_model_arguments(parser)
+    add_optimization_arguments(parser)
+    add_augmentation_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.dataset == "digits" and args.img_size is None:
+        args.img_size = 32
+    if args.scale[0] > args.scale[1]:
+        parser.error(f"--scale must be a range, got {args.scale[0]} {args.scale[1]}")
+    if args.evaluate and not args.pretrained and args.finetune is None:
+        args.finetune = args.output / "best.safetensors"
+    return args
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="", help='"digits", or a name of timm: torch/…, hfds/…, wds/… (default: class folders)')
+    add("--data-dir", type=Path, help="folder with a folder, or a tar file, for each split")
+    add("--train-split", default="train", help="(default: %(default)s)")
+    add("--val-split", default="validation", help="(default: %(default)s)")
+    add("--dataset-download", action="store_true", help="let the dataset download itself (default: no)")
+    add("--num-classes", type=positive, help="number of classes (default: that of the data)")
+    add("--img-size", type=positive, help="side of the images, pixels (default: the model's, 32 for digits)")
+    add("--crop-pct", type=fraction, help="part of an image's side that is evaluated, 0 to 1 (default: the model's)")
+    workers = min(4, os.cpu_count() or 1)
+    add("--workers", "-j", type=natural, default=workers, help="processes that read images (default: 4, or the cores)")
+    add("--max-unreadable", type=natural, default=100, help="files that may be skipped in an epoch (default: 100)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="mrconvnext_tiny", help="name of a model of timm (default: %(default)s)")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValue, metavar="NAME=VALUE", help="its arguments")
+    add("--pretrained", action="store_true", help="start from published weights (default: from random ones)")
+    add("--finetune", type=Path, metavar="FILE", help="start from a file's weights: ours or a ConvNeXt's")
+    add("--freeze", nargs="*", default=[], metavar="MODULE", help="modules that are not trained: stem, stages.0, …")
+    add("--drop-path", type=fraction, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
+    add("--ls-init", type=float, help="initial value of the layer scales (default: 1e-6)")
+    add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=positive, default=300, help="(default: %(default)s)")
+    images = "images of a step, over all processes (default: %(default)s)"
+    add("--global-batch", type=positive, default=4096, help=images)
+    images = "images at once in a process (default: at most 128 that divide its share)"
+    add("--batch-size", "-b", type=positive, help=images)
+    add("--opt", default="adamw", help="optimizer, by timm's name (default: %(default)s)")
+    add("--opt-betas", type=float, nargs=2, help="its betas (default: its own)")
+    add("--lr", type=float, default=4e-3, help="learning rate for a global batch of 4096 (default: %(default)s)")
+    add("--no-lr-scaling", action="store_true", help="take --lr as it is, not times global batch / 4096")
+    add("--kernel-lr-scale", type=float, default=0.25, help="factor of the kernels' rate (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="of all but kernels, norms, biases (default: %(default)s)")
+    add("--layer-decay", type=float, help="factor of the learning rate from layer to layer (default: none)")
+    add("--clip-grad", type=float, help="largest norm of the gradient (default: none)")
+    add("--warmup-epochs", type=float, default=20, help="(default: %(default)s)")
+    add("--warmup-lr", type=float, default=0.0, help="learning rate at the start (default: %(default)s)")
+    add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default: %(default)s)")
+    add(
+        "--model-ema-decay", type=fraction, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)"
+    )
+    add("--sync-norm", action="store_true", help="branch statistics over all processes (default: each its own)")
+
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-aug", action="store_true", help="only resize: no flips, mixup, cutmix or smoothing")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment, as timm writes it (default: %(default)s)")
+    crop = "part of an image that is cropped (default: 0.08 1)"
+    add("--scale", type=fraction, nargs=2, default=(0.08, 1.0), help=crop)
+    add("--hflip", type=fraction, default=0.5, help="probability of a flip (default: %(default)s)")
+    add("--reprob", type=fraction, default=0.25, help="probability of random erasing (default: %(default)s)")
+    add("--mixup", type=float, default=0.8, help="alpha of mixup (default: %(default)s)")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix (default: %(default)s)")
+    add("--smoothing", type=fraction, default=0.1, help="label smoothing (default: %(default)s)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, required=True, help="folder of the run")
+    resume = '"auto": resume from the newest complete checkpoint, if there is one'
+    add("--resume", default="", choices=("", "auto"), help=resume)
+    evaluate = "evaluate the run's best weights, or those given, as they are and deployed"
+    add("--evaluate", action="store_true", help=evaluate)
+    add("--seed", type=natural, default=42, help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cuda", "cpu"), default=device, help="(default: %(default)s)")
+    add("--model-dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")
+    add("--amp-dtype", choices=("bfloat16", "float16"), help="autocast to this type (default: none)")
+    add("--channels-last", action="store_true", help="images in channels-last order")
+    add("--torchcompile", action="store_true", help="compile the model")
+    add("--log-interval", type=positive, default=50, help="steps between two lines (default: %(default)s)")
+    add("--checkpoint-interval", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
+
+
+def to_plain(args: argparse.Namespace) -> dict[str, Union[str, float, bool, list, dict, None]]:
+    """Returns arguments as JSON and YAML can hold them."""
+    return json.loads(json.dumps(vars(args), default=str))

@@ -1,0 +1,112 @@
+"""Images with their classes, by the names of datasets."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Protocol
+
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torch.utils.data import Dataset
+
+from .errors import UserError
+
+# Kinds of datasets that timm opens by name, and those of them that are streams.
+KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
+STREAMS = ("wds/", "hfids/", "tfds/")
+
+
+class SizedDataset(Protocol):
+    """A dataset whose images have numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits as RGB images of 8×8 pixels; every fifth is held out."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        own = [i for i in range(len(digits.images)) if (i % 5 == 0) != train]
+        images = (digits.images[own] * 255 / 16).round().astype("uint8")
+        self.samples = [(Image.fromarray(image).convert("RGB"), int(t)) for image, t in zip(images, digits.target[own])]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.samples[index]
+
+
+class Data(NamedTuple):
+    """The images of both splits, without transforms, and the number of their classes."""
+
+    train: Any
+    validation: Any
+    classes: int
+
+
+def open_data(args: argparse.Namespace) -> Data:
+    """Returns the images that the arguments of a run name.
+
+    Raises:
+        UserError: If a split is missing or empty, or the classes of the two differ or are not those of the arguments.
+    """
+    train, validation = open_dataset(args, train=True), open_dataset(args, train=False)
+    names, others = classes_of(train), classes_of(validation)
+    if names != others:
+        different = sorted(set(names or ()) ^ set(others or ()))
+        raise UserError(f"the classes of {args.train_split} and {args.val_split} differ: {', '.join(different[:5])}")
+    if names is None:
+        if args.num_classes is None:
+            raise UserError(f"--dataset {args.dataset} does not say its classes: give --num-classes")
+        return Data(train, validation, args.num_classes)
+    if len(names) < 2:
+        raise UserError(f"--data-dir {args.data_dir} has one class only: {names[0]}")
+    if args.num_classes not in (None, len(names)):
+        raise UserError(f"--num-classes {args.num_classes} and the data's {len(names)} classes disagree")
+    return Data(train, validation, len(names))
+
+
+def open_dataset(args: argparse.Namespace, train: bool) -> Any:
+    """Returns a split of a dataset: ``digits``, one that timm opens by name, or a folder or tar file of class folders.
+
+    Raises:
+        UserError: If the name is unknown, or the folder, or the split in it, is missing or empty.
+    """
+    name, folder, split = args.dataset, args.data_dir, args.train_split if train else args.val_split
+    if name == "digits":
+        return Digits(train)
+    if name and name.partition("/")[0] not in KINDS:
+        raise UserError(f"--dataset must be digits or {', '.join(f'{kind}/…' for kind in KINDS)}, got {name}")
+    if name == "" and (folder is None or not folder.is_dir()):
+        raise UserError(f"--data-dir must be a folder of images, got {folder}")
+    root = folder
+    if name == "" and (folder / f"{split}.tar").is_file():
+        root = folder / f"{split}.tar"
+    options: dict[str, Any] = {"root": root and str(root), "split": split, "download": args.dataset_download}
+    if name.startswith(STREAMS):
+        options |= {"batch_size": args.batch_size or 1, "seed": args.seed}
+    try:
+        dataset = create_dataset(name, is_training=train, **options)
+    except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
+        raise UserError(f"no {split} images in --data-dir {folder}: {error}") from error
+    if (
+        name == "" and root == folder and Path(dataset.reader.root) == folder
+    ):  # what timm takes if there is no such split
+        raise UserError(f"--data-dir {folder} has neither a folder nor a tar file for the split {split!r}")
+    return dataset
+
+
+def classes_of(dataset: Any) -> Optional[list[str]]:
+    """Returns the names of a dataset's classes in order, None if it does not say."""
+    if isinstance(dataset, (ImageDataset, IterableImageDataset)):
+        # The reader of a tar file has another name for it.
+        indices = getattr(dataset.reader, "class_to_idx", None) or getattr(dataset.reader, "class_name_to_idx", None)
+        return sorted(indices, key=indices.get) if indices else None
+    return [str(name) for name in dataset.classes] if hasattr(dataset, "classes") else None

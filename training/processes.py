@@ -1,0 +1,93 @@
+"""The processes of a run: those that train, those that read images, and the signals that stop them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+# Exit status of a program that a signal stopped and that can be resumed.
+INTERRUPTED = 75
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that ``torchrun`` started, or on its own."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def total(self, *values: float) -> list[float]:
+        """Returns the sum of each value over all processes."""
+        if self.count == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Processes]:
+    """Joins the processes that ``torchrun`` started, if it started this one, and leaves them at the end.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device")
+    if "WORLD_SIZE" not in os.environ:
+        yield Processes(0, 1, torch.device(device))
+        return
+    own = torch.device(device)
+    if device == "cuda":
+        own = torch.device(device, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), own)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def signals_call(function: Callable[[], None]) -> Iterator[None]:
+    """Makes SIGTERM and SIGINT call a function, and do nothing else."""
+    handlers = {number: signal.getsignal(number) for number in _STOPPING}
+    for number in handlers:
+        signal.signal(number, lambda *_: function())
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """Makes a worker of a data loader ignore signals sent to the whole group: the process that trains ends it."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """Kills the workers of data loaders, which ignore signals, however the block ends."""
+    try:
+        yield
+    finally:
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        signal.signal(signal.SIGCHLD, handler)
