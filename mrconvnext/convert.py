@@ -15,7 +15,8 @@ from timm.models import PretrainedCfg, convnext, load_state_dict
 from torch import Tensor, nn
 
 from .grid import add_local_taps
-from .mrconv import MRConv2d, check_reference
+from .mrconv import MRConv2d
+from .state import check_reference
 
 _logger = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor
     if layer.kernel is None:
         own |= {"weight": weight, "alpha": torch.zeros_like(layer.alpha)}
     else:
-        reference, zeros = weight.new_empty((1, 1, *layer.reference_grid)), torch.zeros_like(layer.kernel)
-        taps = add_local_taps(zeros, weight.to(zeros), layer.dilation, reference, layer.guard)
+        zeros = torch.zeros_like(layer.kernel)
+        taps = add_local_taps(zeros, weight.to(zeros), layer.dilation, layer.row_stride)
         own |= {"kernel": taps, "bias": torch.zeros_like(layer.bias)}
     return own if bias is None else {**own, "bias": bias}
 

@@ -105,7 +105,8 @@ def _count(model: nn.Module, x: torch.Tensor) -> float:
 def _convolution(inputs: list[Any], outputs: list[Any]) -> float:
     batch, channels, height, width = get_shape(inputs[0])
     kernels, lags = get_shape(inputs[1])
-    n = fft_length(height * (width + inputs[3].toIValue()) + lags // 2)
+    length = height * (width + inputs[4].toIValue())
+    n = fft_length(length + min(lags // 2, length - 1))
     transforms = batch * channels + kernels + batch * kernels
     return transforms * fft_flops(n) + COMPLEX_PRODUCT * batch * kernels * (n // 2 + 1)
 

@@ -58,90 +58,61 @@ def place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tens
 
     It is cut to the lags that two positions of such an image can have, or has fewer.
     """
-    if torch.jit.is_scripting():
-        return _place_kernel(kernel, row_stride, x, guard)
-    elif torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
-        return _place_kernel_in_trace(kernel, row_stride, x, guard)
-    else:
-        return _place_kernel(kernel, row_stride, x, guard)
+    return move_kernel(kernel, row_stride, x.shape[3] + guard, x.shape[2] * (x.shape[3] + guard) - 1)
 
 
-def _place_kernel(kernel: Tensor, row_stride: int, x: Tensor, guard: int) -> Tensor:
-    height, width = shape_of(x)[2:]
-    stride = width + guard
-    if row_stride != stride:
-        kernel = from_lag_map(lag_map(kernel, row_stride), stride)
-    reach = shape_of(kernel)[-1] // 2
-    keep = min(reach, height * stride - 1)
+def move_kernel(kernel: Tensor, old: int, new: int, largest: int) -> Tensor:
+    """Returns a two-sided kernel made for rows of ``old`` positions for rows of ``new``, without lags above a largest.
+
+    Each lag goes to at most one other, and none comes from two: moving back is the transpose, the way of gradients.
+    """
+    if old != new:
+        kernel = from_lag_map(lag_map(kernel, old), new)
+    reach = kernel.shape[-1] // 2
+    keep = min(reach, largest)
     return kernel[..., reach - keep : reach + keep + 1]
 
 
-# A trace that holds the function runs at other sizes of images than its own. An ONNX file has one.
-_place_kernel_in_trace = torch.jit.script_if_tracing(_place_kernel)
+def move_back(kernel: Tensor, new: int, old: int, reach: int) -> Tensor:
+    """Returns what `move_kernel` made of a kernel of the given ``reach`` moved back, lags that were left out zero."""
+    kernel = move_kernel(kernel, new, old, reach)
+    missing = reach - kernel.shape[-1] // 2
+    return F.pad(kernel, (missing, missing)) if missing > 0 else kernel
 
 
 # Local taps
 
 
 def local_positions(
-    kernel_size: int, dilation: int, height: int, width: int, guard: int, reach: int, device: torch.device
+    kernel_size: int, dilation: int, row_stride: int, reach: int, device: torch.device
 ) -> Tensor:
-    """Returns which of k×k taps connect two pixels of an image, as indices into k·k, and where they stand: (2, taps).
-
-    The latter are positions in a two-sided kernel of largest lag ``reach``.
-    """
-    inside: list[int] = []
-    rows: list[int] = []
-    columns: list[int] = []
-    for tap in range(kernel_size * kernel_size):
-        # conv2d correlates, where a long convolution convolves: the tap after the centre is for the pixel before.
-        row = (kernel_size // 2 - tap // kernel_size) * dilation
-        column = (kernel_size // 2 - tap % kernel_size) * dilation
-        if abs(row) < height and abs(column) < width:
-            inside.append(tap)
-            rows.append(row)
-            columns.append(column)
-    lags = torch.tensor(rows, device=device) * (width + guard) + torch.tensor(columns, device=device)
-    return torch.stack([torch.tensor(inside, device=device), lags + reach])
+    """Returns where k×k taps stand in a two-sided kernel of largest lag ``reach``, (k·k)."""
+    tap = torch.arange(kernel_size * kernel_size, device=device)
+    # conv2d correlates, where a long convolution convolves: the tap after the centre is for the pixel before.
+    rows, columns = kernel_size // 2 - tap // kernel_size, kernel_size // 2 - tap % kernel_size
+    return reach + dilation * (rows * row_stride + columns)
 
 
 _local_positions = constant(local_positions)
 
 
 @torch.fx.wrap
-def add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
-    """Returns a kernel for images like ``x`` plus the one that acts as a zero-padded depthwise convolution does.
+def add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, row_stride: int) -> Tensor:
+    """Returns a kernel plus the one that acts as a zero-padded depthwise convolution does, on images of any size.
 
     Args:
-        kernel: Two-sided kernel (C, 2·M − 1), placed for images like ``x``.
+        kernel: Two-sided kernel (C, 2·M − 1).
         weight: Weight (C, 1, k, k) of a depthwise ``Conv2d``, k odd.
         dilation: Distance of its taps in pixels.
-        x: Images (B, C, H, W).
-        guard: Columns of zeros between rows, at least ``dilation · (k // 2)``.
+        row_stride: Row stride that the kernel is made for, at least ``2 · dilation · (k // 2) + 1``; the kernel reaches
+            as many rows up and down.
     """
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():
-        return _add_local_taps(kernel, weight, dilation, x, guard)
-    else:
-        return _add_local_taps_in_trace(kernel, weight, dilation, x, guard)
-
-
-def _add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, x: Tensor, guard: int) -> Tensor:
-    height, width = x.shape[2], x.shape[3]
-    missing = max(0, height * (width + guard) - 1 - kernel.shape[-1] // 2)
-    if missing > 0:
-        kernel = F.pad(kernel, (missing, missing))
-    reach = kernel.shape[-1] // 2
+    kernel_size, reach = weight.shape[3], kernel.shape[-1] // 2
     if torch.jit.is_scripting():
-        positions = local_positions(weight.shape[3], dilation, height, width, guard, reach, kernel.device)
+        positions = local_positions(kernel_size, dilation, row_stride, reach, kernel.device)
     else:
-        positions = _local_positions(weight.shape[3], dilation, height, width, guard, reach, kernel.device)
-    taps = weight.flatten(1).to(kernel.dtype)
-    if positions.shape[1] < taps.shape[1]:
-        taps = taps[:, positions[0]]
-    return kernel.index_add(1, positions[1], taps)
-
-
-_add_local_taps_in_trace = torch.jit.script_if_tracing(_add_local_taps)
+        positions = _local_positions(kernel_size, dilation, row_stride, reach, kernel.device)
+    return kernel.index_add(1, positions, weight.flatten(1).to(kernel.dtype))
 
 
 # What the pixels of an image make of a kernel

@@ -134,18 +134,33 @@ class _Product(torch.autograd.Function):
         return product(grad, b.mT) if for_a else None, product(a.mT, grad) if for_b else None
 
 
+class _ForwardProduct(_Product):
+    """The same, with tangents, which Dynamo knows of no function that has its own."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, on_a: Optional[Tensor], on_b: Optional[Tensor]) -> Tensor:
+        a, b = ctx.saved_tensors
+        by_a = product(torch.zeros_like(a) if on_a is None else on_a, b)
+        return by_a if on_b is None else by_a + product(a, on_b)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Returns the products of matrices (n, i, j) and (n, j, k), computed in their own precision under autocast too."""
     if torch.jit.is_scripting():
         return torch.bmm(a, b)
     else:
-        return _Product.apply(a, b)
+        return (_Product if torch.compiler.is_compiling() else _ForwardProduct).apply(a, b)
 
 
 @torch.fx.wrap
 def add_taps(kernels: Tensor, values: Tensor, scale: Optional[Tensor], positions: Tensor) -> Tensor:
     """Returns kernels (N, C, 2·L − 1) plus values (N, C, D, taps) at positions (N, C, D · taps)."""
-    return kernels.scatter_add(2, positions, _scaled(values, scale).flatten(2))
+    return kernels.scatter_add(2, positions.to(kernels.device), _scaled(values, scale).flatten(2))
 
 
 @torch.fx.wrap
@@ -289,18 +304,25 @@ def _write_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str, 
 
 
 def _read_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Takes the lags of a state dict.
-
-    Raises:
-        RuntimeError: If they are not as many as the layer's, not whole, out of range, or twice the same.
-    """
+    """Takes the lags of a state dict, after `check_lags`."""
+    check_lags(module, state_dict, prefix)
     given = state_dict.pop(prefix + "lags", None)
+    if given is not None and not given.is_meta:
+        module._place(given.to(module.positions.device))
+
+
+def check_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raises a RuntimeError if the lags in a state dict are not as many as the layer's, not whole, or not lags of it.
+
+    These are in range, and different from each other.
+    """
+    given = state_dict.get(prefix + "lags")
     if given is None:
         if prefix + "values" in state_dict:
             raise RuntimeError(f"{prefix}lags is missing in the state dict, which has {prefix}values at these lags")
         return
     own = module.lags
-    if given.is_floating_point() or given.shape != own.shape:
+    if given.is_floating_point() or given.is_complex() or given.shape != own.shape:
         raise RuntimeError(
             f"{prefix}lags must be integers {tuple(own.shape)}, got {given.dtype} {tuple(given.shape)} in the state dict"
         )
@@ -313,7 +335,6 @@ def _read_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str, *
             f"{prefix}lags must be different from each other and lie in 0 … length − 1 of the branches' lengths "
             f"{module.lengths}; those in the state dict range from {lags.min()} to {lags.max()}"
         )
-    module._place(lags)
 
 
 class FourierSparseKernels(SparseKernels):

@@ -25,7 +25,7 @@ def is_in_onnx_export() -> bool:
 
 
 @torch.fx.wrap
-def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """Returns images convolved with a long kernel: y[t] = Σ_s kernel[t − s] · u[s] + bias over all pixels t and s.
 
     Computed in float32 (float64 if the images are), whatever autocast says. Differentiable, any number of times.
@@ -34,26 +34,28 @@ def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> T
         x: Images (B, C, H, W).
         kernel: Two-sided kernel (C, 2·M − 1), or N kernels a channel, (N · C, 2·M − 1), all of the first one first.
         bias: Bias (N · C).
+        row_stride: Positions of a row, guard columns included, that the kernel was made for. For rows of another length
+            the tap (dr, dc) stays what it is; lags that two pixels of such an image can't have are left out.
         guard: Columns of zeros between rows.
 
     Returns:
         Images (B, N · C, H, W) of ``x``'s dtype.
     """
     if torch.jit.is_scripting():
-        return plain.convolve(x, kernel, bias, guard)
+        return plain.convolve(x, kernel, bias, row_stride, guard)
     elif is_in_onnx_export():  # whose files have no FFT, or a slow one
-        return real.convolve(x, kernel, bias, guard)
+        return real.convolve(x, kernel, bias, row_stride, guard)
     else:
-        return _apply(_Convolve, x, kernel, bias, guard)
+        return _apply(_Convolve, x, kernel, bias, row_stride, guard)
 
 
 @torch.fx.wrap
-def convolve_real(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def convolve_real(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """Returns what `convolve` returns, by operations on real numbers alone, which every exporter has.
 
     For images up to a few thousand pixels: the arithmetic for a pixel grows with their sides.
     """
-    return real.convolve(x, kernel, bias, guard)
+    return real.convolve(x, kernel, bias, row_stride, guard)
 
 
 @torch.fx.wrap
@@ -91,7 +93,7 @@ def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
         ValueError: If ``u`` is empty, the channels differ, or the kernel's length is even, so that it has no middle.
     """
     _check_sequences(u, kernel)
-    return convolve(u.unsqueeze(-1), crop_lags(kernel, u.shape[-1]), None, 0).squeeze(-1)
+    return convolve(u.unsqueeze(-1), kernel, None, row_stride=1, guard=0).squeeze(-1)
 
 
 def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
@@ -163,24 +165,28 @@ def branch_energies(kernels: Tensor, correlation: Tensor) -> Tensor:
 # The operations
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
-    return engines.serving(x).convolve(x, kernel, bias, guard)
+def _convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
+    return engines.serving(x).convolve(x, kernel, bias, row_stride, guard)
 
 
-def _convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+def _convolve_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients for the images, the kernel and the bias, by the output's gradient (B, N · C, H, W)."""
-    return engines.serving(x).convolve_backward(grad, x, kernel, guard)
+    return engines.serving(x).convolve_backward(grad, x, kernel, row_stride, guard)
 
 
 def _autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
     return engines.serving(x).autocorrelation(x, mean, guard)
 
 
-def _like_convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def _like_convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     return plain.empty_output(x, kernel.shape[0])
 
 
-def _like_convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+def _like_convolve_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
+) -> tuple[Tensor, Tensor, Tensor]:
     inside = torch.float64 if x.dtype == torch.float64 else torch.float32
     kernel = kernel.new_empty(kernel.shape, dtype=inside)
     return plain.empty_output(x, x.shape[1]), kernel, kernel.new_empty(kernel.shape[:1])
@@ -202,12 +208,12 @@ def _apply(operation: type[torch.autograd.Function], *args: Any) -> Any:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
-        return torch.ops.mrconvnext.convolve(x, kernel, bias, guard)
+    def forward(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
+        return torch.ops.mrconvnext.convolve(x, kernel, bias, row_stride, guard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, kernel, bias, ctx.guard = inputs
+        x, kernel, bias, *ctx.layout = inputs
         ctx.save_for_backward(x, kernel)
         ctx.save_for_forward(x, kernel)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -215,38 +221,40 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, kernel = ctx.saved_tensors
-        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, ctx.guard)
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, *ctx.layout)
         bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_kernel.to(kernel.dtype), bias, None
+        return grad_x, grad_kernel.to(kernel.dtype), bias, None, None
 
     @staticmethod
     def jvp(
-        ctx: Any, on_x: Optional[Tensor], on_kernel: Optional[Tensor], on_bias: Optional[Tensor], _: None
+        ctx: Any, on_x: Optional[Tensor], on_kernel: Optional[Tensor], on_bias: Optional[Tensor], *_: None
     ) -> Tensor:
         x, kernel = ctx.saved_tensors
-        y = convolve(torch.zeros_like(x) if on_x is None else on_x, kernel, on_bias, ctx.guard)
-        return y if on_kernel is None else y + convolve(x, on_kernel, None, ctx.guard)
+        y = convolve(torch.zeros_like(x) if on_x is None else on_x, kernel, on_bias, *ctx.layout)
+        return y if on_kernel is None else y + convolve(x, on_kernel, None, *ctx.layout)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple, x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> tuple:
+    def vmap(info: Any, dims: tuple, x: Tensor, kernel: Tensor, bias: Optional[Tensor], *layout: int) -> tuple:
         if dims[1] is None and dims[2] is None:
             x = x.movedim(dims[0], 0)
-            return convolve(x.flatten(0, 1), kernel, bias, guard).unflatten(0, x.shape[:2]), 0
+            return convolve(x.flatten(0, 1), kernel, bias, *layout).unflatten(0, x.shape[:2]), 0
         branches = _branches(dims, x, kernel)
         x = _into_channels(x, dims[0], info.batch_size, 1)
         kernel = _into_channels(kernel, dims[1], info.batch_size, 0, branches)
         bias = None if bias is None else _into_channels(bias, dims[2], info.batch_size, 0, branches)
-        return _out_of_channels(convolve(x, kernel, bias, guard), info.batch_size, 1, branches), 0
+        return _out_of_channels(convolve(x, kernel, bias, *layout), info.batch_size, 1, branches), 0
 
 
 class _ConvolveBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.mrconvnext.convolve_backward(grad, x, kernel, guard)
+    def forward(
+        grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mrconvnext.convolve_backward(grad, x, kernel, row_stride, guard)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.guard = inputs
+        tensors, ctx.layout = inputs[:3], inputs[3:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -255,29 +263,29 @@ class _ConvolveBackward(torch.autograd.Function):
         """Of ⟨on_x, grad_x⟩ + ⟨on_kernel, grad_kernel⟩ + ⟨on_bias, grad_bias⟩: each is a convolution or a gradient."""
         grad, x, kernel = ctx.saved_tensors
         on_x, on_kernel, on_bias = on_x.to(x.dtype), on_kernel.to(kernel.dtype), on_bias.to(kernel.dtype)
-        for_grad = convolve(on_x, kernel, on_bias, ctx.guard) + convolve(x, on_kernel, None, ctx.guard)
-        for_x = _apply(_ConvolveBackward, grad, x, on_kernel, ctx.guard)[0]
-        for_kernel = _apply(_ConvolveBackward, grad, on_x, kernel, ctx.guard)[1]
-        return for_grad, for_x, for_kernel.to(kernel.dtype), None
+        for_grad = convolve(on_x, kernel, on_bias, *ctx.layout) + convolve(x, on_kernel, None, *ctx.layout)
+        for_x = _apply(_ConvolveBackward, grad, x, on_kernel, *ctx.layout)[0]
+        for_kernel = _apply(_ConvolveBackward, grad, on_x, kernel, *ctx.layout)[1]
+        return for_grad, for_x, for_kernel.to(kernel.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, on_grad: Optional[Tensor], on_x: Optional[Tensor], on_kernel: Optional[Tensor], _: None) -> tuple:
+    def jvp(ctx: Any, on_grad: Optional[Tensor], on_x: Optional[Tensor], on_kernel: Optional[Tensor], *_: None) -> tuple:
         grad, x, kernel = ctx.saved_tensors
         on_grad = torch.zeros_like(grad) if on_grad is None else on_grad
-        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, on_grad, x, kernel, ctx.guard)
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, on_grad, x, kernel, *ctx.layout)
         if on_kernel is not None:
-            grad_x = grad_x + _apply(_ConvolveBackward, grad, x, on_kernel, ctx.guard)[0]
+            grad_x = grad_x + _apply(_ConvolveBackward, grad, x, on_kernel, *ctx.layout)[0]
         if on_x is not None:
-            grad_kernel = grad_kernel + _apply(_ConvolveBackward, grad, on_x, kernel, ctx.guard)[1]
+            grad_kernel = grad_kernel + _apply(_ConvolveBackward, grad, on_x, kernel, *ctx.layout)[1]
         return grad_x, grad_kernel, grad_bias
 
     @staticmethod
-    def vmap(info: Any, dims: tuple, grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple:
+    def vmap(info: Any, dims: tuple, grad: Tensor, x: Tensor, kernel: Tensor, *layout: int) -> tuple:
         branches = _branches(dims[1:], x, kernel)
         grad = _into_channels(grad, dims[0], info.batch_size, 1, branches)
         x = _into_channels(x, dims[1], info.batch_size, 1)
         kernel = _into_channels(kernel, dims[2], info.batch_size, 0, branches)
-        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, guard)
+        grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, grad, x, kernel, *layout)
         grad_x = _out_of_channels(grad_x, info.batch_size, 1)
         grad_kernel = _out_of_channels(grad_kernel, info.batch_size, 0, branches)
         return (grad_x, grad_kernel, _out_of_channels(grad_bias, info.batch_size, 0, branches)), (0, 0, 0)
@@ -302,7 +310,7 @@ class _Autocorrelation(torch.autograd.Function):
         kernel = torch.cat([grad.flip(-1), grad[:, 1:]], -1)
         kernel = kernel + F.pad(grad[:, :1], (grad.shape[1] - 1, grad.shape[1] - 1))
         deviation = plain.at_least_float32(x) - mean.unsqueeze(-1).unsqueeze(-1)
-        grad_x = convolve(deviation, kernel, None, ctx.guard)
+        grad_x = convolve(deviation, kernel, None, x.shape[3] + ctx.guard, ctx.guard)
         return grad_x.to(x.dtype), -grad_x.sum((0, 2, 3)).to(mean.dtype), None
 
     @staticmethod
@@ -314,7 +322,8 @@ class _Autocorrelation(torch.autograd.Function):
             change = change - on_mean.unsqueeze(-1).unsqueeze(-1)
         length = x.shape[2] * (x.shape[3] + ctx.guard)
         lags = deviation.new_zeros((x.shape[1], 2 * length - 1))
-        both = _apply(_ConvolveBackward, change, deviation, lags, ctx.guard)[1]  # the correlation of one with the other
+        layout = x.shape[3] + ctx.guard, ctx.guard
+        both = _apply(_ConvolveBackward, change, deviation, lags, *layout)[1]  # the correlation of one with the other
         return (both + both.flip(-1))[:, length - 1 :].to(torch.float64)
 
     @staticmethod
@@ -353,13 +362,13 @@ def _define(schema: str, compute: Any, like: Any, operation: type[torch.autograd
 
 
 _define(
-    "convolve(Tensor x, Tensor kernel, Tensor? bias, int guard) -> Tensor",
+    "convolve(Tensor x, Tensor kernel, Tensor? bias, SymInt row_stride, int guard) -> Tensor",
     _convolve,
     _like_convolve,
     _Convolve,
 )
 _define(
-    "convolve_backward(Tensor grad, Tensor x, Tensor kernel, int guard) -> (Tensor, Tensor, Tensor)",
+    "convolve_backward(Tensor grad, Tensor x, Tensor kernel, SymInt row_stride, int guard) -> (Tensor, Tensor, Tensor)",
     _convolve_backward,
     _like_convolve_backward,
     _ConvolveBackward,

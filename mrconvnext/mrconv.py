@@ -6,100 +6,29 @@ A layer has two forms. In its training form several branches of doubling length,
 """
 
 import copy
-import dataclasses
 import itertools
-import math
 from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grid import add_local_taps, place_kernel
-from .kernels import KERNELS, at_least_float32, create_kernels, product, without_autocast
+from .grid import add_local_taps
+from .kernels import at_least_float32, create_kernels, without_autocast
 from .longconv import convolve, convolve_real, is_in_onnx_export
-from .norms import NORMS, create_norm, norm_affine
-
-# Of what a layer's state dict holds. 1 had a module for each branch.
-FORMAT = 2
+from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
+from .options import BranchOptions, branch_lengths, check_positive
+from .state import reparameterize_after_load, take_form, write_reference
 
 # Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
 _seeds = itertools.count(2**31)
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
-for _name in ("add_local_taps", "at_least_float32", "convolve", "convolve_real", "norm_affine", "place_kernel"):
+for _name in (
+    *("add_local_taps", "at_least_float32", "convolve", "convolve_real"),
+    *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
+):
     torch.fx.wrap(_name)
-
-
-def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: int = 5) -> list[int]:
-    """Returns the lengths of a layer's branches: l_0, 2·l_0, 4·l_0, …, the last one ``length``.
-
-    With the defaults these are the paper's lengths at 224 px (MRConv, appendix D.6), where the grid has no guard.
-
-    Args:
-        length: Length L of the sequence in positions.
-        min_length: Length l_0 of the shortest branch, 1 … L. Default: ``min(L, max(28, L // 16))``.
-        max_branches: Largest number of branches, at least 1.
-
-    Raises:
-        ValueError: If ``min_length`` is outside its range.
-    """
-    if min_length is None:
-        min_length = min(length, max(28, length // 16))
-    if not isinstance(min_length, int) or not 1 <= min_length <= length:
-        raise ValueError(f"min_length must be an integer from 1 to the sequence's length {length}, got {min_length!r}")
-    branches = min(max_branches, round(math.log2(length / min_length)) + 1)
-    return [min_length * 2**i for i in range(branches - 1)] + [length]
-
-
-@dataclasses.dataclass(frozen=True)
-class BranchOptions:
-    """What a layer's branches are like: options of the layers and, by the same names, of the models.
-
-    Args:
-        kernel: Parameterization of the kernels, one of `kernels.KERNELS`.
-        branch_norm: How branches are normalised, one of `norms.NORMS`.
-        sync_norm: Whether "parseval" takes its statistics over all processes. For "batch", convert with
-            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
-        bidirectional: Whether branches reach to positions ahead as well, with a kernel for each direction.
-        min_length: Length of the shortest branch in positions; see `branch_lengths`.
-        max_branches: Largest number of branches.
-        modes: Fourier modes a kernel. The paper does not state it.
-        taps: Dilated or sparse taps a kernel. The paper does not state it.
-        alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
-
-    Raises:
-        TypeError: If an option is unknown.
-        ValueError: If an option is outside its range.
-    """
-
-    kernel: str = "fourier_sparse"
-    branch_norm: str = "kernel"
-    sync_norm: bool = False
-    bidirectional: bool = True
-    min_length: Optional[int] = None
-    max_branches: int = 5
-    modes: int = 16
-    taps: int = 16
-    alpha_init: Optional[float] = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_branches", "modes", "taps"):
-            check_positive(name, getattr(self, name))
-        for name, allowed in (("kernel", KERNELS), ("branch_norm", NORMS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.sync_norm and self.branch_norm != "parseval":
-            raise ValueError(
-                f'sync_norm is for branch_norm="parseval", got {self.branch_norm!r}: '
-                "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
-            )
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises a ValueError if an argument is not a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 @torch.fx.wrap
@@ -122,28 +51,6 @@ def check_not_onnx() -> None:
     if not torch.jit.is_scripting():
         if is_in_onnx_export():
             raise RuntimeError("the training form can't be exported to ONNX: reparameterize the model before")
-
-
-@torch.fx.wrap
-def merge_kernels(kernels: Tensor, gain: Tensor) -> Tensor:
-    """Returns the sum (C, 2·M − 1) of kernels (N, C, 2·M − 1), each times its gain (N, C)."""
-    return product(gain.t().unsqueeze(1), kernels.transpose(0, 1)).squeeze(1)  # of (C, 1, N) and (C, N, 2·M − 1)
-
-
-@torch.fx.wrap
-def merge_shifts(alpha: Tensor, shift: Optional[Tensor], bias: Optional[Tensor]) -> Optional[Tensor]:
-    """Returns the bias (C) that branches with shifts (N, C), weighted by alpha (N, C), and local taps add up to."""
-    if shift is None:
-        return bias
-    total = (alpha * shift).sum(0)
-    return total if bias is None else total + at_least_float32(bias)
-
-
-@torch.fx.wrap
-def weigh_branches(c: Tensor, alpha: Tensor) -> Tensor:
-    """Returns the sum (B, C, H, W) of branches (B, N · C, H, W), each times alpha (N, C)."""
-    weights = at_least_float32(alpha).unsqueeze(-1).unsqueeze(-1)
-    return (c.unflatten(1, [alpha.shape[0], alpha.shape[1]]) * weights).sum(1)
 
 
 @torch.fx.wrap
@@ -218,21 +125,21 @@ class LongConvolution(nn.Module):
         self.inference_mode = inference_mode
         self.merges = options.branch_norm != "batch"
         self.exportable = exportable
-        self._build_branches(device, dtype)
-        self.register_state_dict_post_hook(_write_reference)
-        self.register_load_state_dict_pre_hook(_take_form)
-        self.register_load_state_dict_post_hook(_reparameterize_after_load)
+        self.build_branches(device, dtype)
+        self.register_state_dict_post_hook(write_reference)
+        self.register_load_state_dict_pre_hook(take_form)
+        self.register_load_state_dict_post_hook(reparameterize_after_load)
         if inference_mode:
             self.reparameterize()
 
     # The two forms
 
-    def _build_branches(self, device: Any, dtype: Any) -> None:
+    def build_branches(self, device: Any, dtype: Any) -> None:
         """Gives the layer its training form, with new parameters."""
         dd = {"device": device, "dtype": dtype}
         channels, branches, options = self.channels, len(self.branch_lengths), self.options
         alpha = 1 / branches if options.alpha_init is None else options.alpha_init
-        self._drop("alpha", "kernel", "weight", "bias")
+        self.drop("alpha", "kernel", "weight", "bias")
         self.register_parameter("kernel", None)
         self.register_parameter("weight", None)
         if self.kernel_size > 0:
@@ -252,16 +159,16 @@ class LongConvolution(nn.Module):
         )
         self.norm = create_norm(options.branch_norm, branches, channels, sync=options.sync_norm, **dd)
 
-    def _build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
+    def build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
         """Gives the layer its deployed form."""
         requires_grad = any(parameter.requires_grad for parameter in self.parameters())
-        self._drop("alpha", "kernel", "weight", "bias", "kernels", "norm")
+        self.drop("alpha", "kernel", "weight", "bias", "kernels", "norm")
         self.kernel = nn.Parameter(kernel, requires_grad)
         self.register_parameter("weight", None)
         self.bias = nn.Parameter(bias, requires_grad)
         self.register_buffer("alpha", kernel.new_empty((0, self.channels)))
 
-    def _drop(self, *names: str) -> None:
+    def drop(self, *names: str) -> None:
         for name in names:
             if hasattr(self, name):
                 delattr(self, name)
@@ -286,58 +193,53 @@ class LongConvolution(nn.Module):
         if self.kernel is not None:
             return self.kernel.detach().clone(), self.bias.detach().clone()
         layer = copy.deepcopy(self).double().eval()
-        reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
         kernels = layer.kernels()
         if layer.merges:
-            gain, shift = layer.norm(reference, kernels, kernels, self.guard)
+            reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
+            gain, shift = layer.norm(reference, kernels, self.row_stride, self.guard)
         else:
             norm, shape = layer.norm, layer.alpha.shape
             gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
             gain, shift = gain.view(shape), shift.view(shape)
-        kernel, bias = layer._merge(reference, kernels, gain, shift)
+        kernel, bias = layer._merge(kernels, gain, shift)
         bias = kernel.new_zeros(self.channels) if bias is None else bias
         return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
 
     def reparameterize(self) -> None:
         """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent."""
         if self.kernel is None:
-            self._build_deployed(*self.merged_kernel())
+            self.build_deployed(*self.merged_kernel())
 
     # Forward
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Returns the layer's output for images (B, C, H, W)."""
         if self.kernel is not None:
-            kernel = place_kernel(self.kernel, self.row_stride, x, self.guard)
             if self.exportable:
-                return convolve_real(x, kernel, self.bias, self.guard)
-            return convolve(x, kernel, self.bias, self.guard)
+                return convolve_real(x, self.kernel, self.bias, self.row_stride, self.guard)
+            return convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         check_not_onnx()
         kernels = self.kernels()  # (N, C, 2·L − 1)
-        placed = place_kernel(kernels, self.row_stride, x, self.guard)
         if self.merges:
-            gain, shift = self.norm(x, kernels, placed, self.guard)
-            kernel, bias = self._merge(x, placed, gain, shift)
-            return convolve(x, kernel, bias, self.guard)
+            gain, shift = self.norm(x, kernels, self.row_stride, self.guard)
+            kernel, bias = self._merge(kernels, gain, shift)
+            return convolve(x, kernel, bias, self.row_stride, self.guard)
         else:
-            c = self.norm(convolve(x, placed.flatten(0, 1), None, self.guard))
+            c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))
             return self._add_branches(x, c)
 
-    def _merge(
-        self, x: Tensor, placed: Tensor, gain: Tensor, shift: Optional[Tensor]
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """Returns the kernel and bias (C), if any, that normalised branches, α and local taps add up to.
+    def _merge(self, kernels: Tensor, gain: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """Returns the kernel (C, 2·L − 1) and bias (C), if any, that branches, α and local taps add up to.
 
         Args:
-            x: Images (B, C, H, W).
-            placed: The branches' kernels (N, C, 2·M − 1), placed for images like ``x``.
+            kernels: The branches' kernels (N, C, 2·L − 1).
             gain: Factor of every branch by its norm (N, C).
             shift: Summand of every branch by its norm (N, C), if it has one.
         """
         alpha = at_least_float32(self.alpha)
-        kernel = merge_kernels(placed, alpha * gain)
+        kernel = merge_kernels(kernels, alpha * gain)
         if self.weight is not None:
-            kernel = add_local_taps(kernel, self.weight, self.dilation, x, self.guard)
+            kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
         return kernel, merge_shifts(alpha, shift, self.bias)
 
     def _add_branches(self, x: Tensor, c: Tensor) -> Tensor:
@@ -346,91 +248,6 @@ class LongConvolution(nn.Module):
         if self.weight is not None:
             y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
         return y.to(x.dtype)
-
-
-# State dicts
-
-
-def _write_reference(layer: LongConvolution, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Writes what the weights were made for: the format, the grid [height, width, guard], the branches' lengths."""
-    state_dict[prefix + "format"] = torch.tensor(FORMAT)
-    state_dict[prefix + "grid"] = torch.tensor([*layer.reference_grid, layer.guard])
-    if layer.kernel is None:
-        state_dict[prefix + "lengths"] = torch.tensor(layer.branch_lengths)
-
-
-def _take_form(
-    layer: LongConvolution, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
-) -> None:
-    """Changes a layer to the form, training or deployed, of the weights in a state dict, after checking these.
-
-    Raised here, not collected: the layer's children would be loaded all the same.
-    """
-    check_reference(layer, state_dict, prefix)
-    for name in ("format", "grid", "lengths"):
-        state_dict.pop(prefix + name, None)
-    if prefix + "kernel" in state_dict:
-        state_dict.setdefault(prefix + "alpha", layer.alpha.new_empty((0, layer.channels)))
-        if layer.kernel is None:
-            kernel = layer.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
-            layer._build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
-    elif layer.kernel is None:
-        if prefix + "weight" in state_dict and not any(prefix + name in state_dict for name in _names_of_branches(layer)):
-            # A convolution's own weights: its function, not that plus branches that it never had.
-            state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
-    elif any(name.startswith(prefix) for name in state_dict):
-        deployed, requires_grad = (layer.kernel.detach(), layer.bias.detach()), layer.kernel.requires_grad
-        layer._drop("alpha", "kernel", "bias")
-        layer._build_branches(deployed[0].device, deployed[0].dtype)
-        layer.train(layer.training).requires_grad_(requires_grad)
-        missing = [prefix + name for name in trainable_names(layer) if prefix + name not in state_dict]
-        if missing:
-            layer._build_deployed(*deployed)
-            raise RuntimeError(
-                f"the state dict has neither {prefix}kernel nor all of the training form; missing are "
-                f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. A deployed layer can't take part of "
-                "a training form: load it into a model in training form, then reparameterize."
-            )
-
-
-def _names_of_branches(layer: LongConvolution) -> list[str]:
-    return [name for name in trainable_names(layer) if name not in ("weight", "bias")]
-
-
-def trainable_names(layer: LongConvolution) -> list[str]:
-    """Returns the names in a layer's state dict that a layer of its form can't do without."""
-    return [name for name in layer.state_dict() if name not in ("format", "grid", "lengths")]
-
-
-def check_reference(layer: LongConvolution, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one."""
-    if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
-        raise RuntimeError(
-            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't read "
-            "in training form. Deploy them with that version (model.reparameterize()): deployed weights still load."
-        )
-    own = {"format": FORMAT, "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
-    for name, value in own.items():
-        given = state_dict.get(prefix + name)
-        if given is not None and not given.is_meta and given.tolist() != value:
-            raise RuntimeError(
-                f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
-                "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
-                "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
-            )
-    shapes = {
-        "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
-        "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],
-    }
-    for name, allowed in shapes.items():
-        given = state_dict.get(prefix + name)
-        if given is not None and tuple(given.shape) not in allowed:
-            raise RuntimeError(f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer")
-
-
-def _reparameterize_after_load(layer: LongConvolution, incompatible_keys: Any) -> None:
-    if layer.inference_mode:
-        layer.reparameterize()
 
 
 class MRConv2d(LongConvolution):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .engines.block import use_piece_blocks
-from .mrconv import BranchOptions, MRConv2d, check_input
+from .mrconv import MRConv2d, check_input
+from .options import BranchOptions
 
 __all__ = ["MRConvNeXt"]
 
@@ -65,11 +66,11 @@ class MRConvNeXt(ConvNeXt):
             well.
         kernel_sizes: Size of the local taps, odd, for all stages or each; 0 for none.
         min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
-            length of the sequence, see `mrconv.branch_lengths`.
+            length of the sequence, see `options.branch_lengths`.
         inference_mode: Whether every layer is deployed from the start.
         device: Device of the parameters.
         dtype: Type of the parameters.
-        **kwargs: Options of the branches, `mrconv.BranchOptions`, and arguments of timm's ``ConvNeXt``.
+        **kwargs: Options of the branches, `options.BranchOptions`, and arguments of timm's ``ConvNeXt``.
 
     Raises:
         TypeError: If an argument is not known.
@@ -180,7 +181,7 @@ def from_convnext(
         model: A ConvNeXt or ConvNeXt V2, as trained. It stays as it is.
         img_size: See `MRConvNeXt`.
         min_lengths: See `MRConvNeXt`.
-        **options: Options of the branches; see `mrconv.BranchOptions`.
+        **options: Options of the branches; see `options.BranchOptions`.
 
     Raises:
         TypeError: If ``model`` is anything else, or an option unknown.

@@ -1,4 +1,4 @@
-"""How branches are normalised before they are weighted and added.
+"""How branches are normalised, weighted and added.
 
 - "kernel": each branch is divided by the L2 norm of its kernel: by the deviation that white noise of variance 1 would
   have after it. No statistics: the layer is linear in its input, and the same in training and evaluation.
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from .compat import is_in_backward_pass
 from .constants import constant
-from .grid import pair_weights, responses_to_ones
-from .kernels import at_least_float32
+from .grid import pair_weights, place_kernel, responses_to_ones
+from .kernels import at_least_float32, product
 from .longconv import autocorrelation, branch_energies
+
+torch.fx.wrap("place_kernel")
 
 NORMS = ("kernel", "parseval", "batch")
 
@@ -36,7 +38,7 @@ class KernelNorm(nn.Module):
     """Normalises each branch by the L2 norm of its own kernel, as weight normalisation does; α is the gain that is
     learned (Salimans and Kingma 2016)."""
 
-    def forward(self, x: Tensor, kernels: Tensor, placed: Tensor, guard: int) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, x: Tensor, kernels: Tensor, row_stride: int, guard: int) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the branches' gain (N, C), and no shift; see `ParsevalNorm`."""
         return kernel_gain(kernels), None
 
@@ -81,18 +83,25 @@ class ParsevalNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(branches, channels, **dd))
         self.register_buffer("running_var", torch.ones(branches, channels, **dd))
 
-    def forward(self, x: Tensor, kernels: Tensor, placed: Tensor, guard: int) -> tuple[Tensor, Optional[Tensor]]:
+    def forward(self, x: Tensor, kernels: Tensor, row_stride: int, guard: int) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the branches' gain and shift (N, C): norm(c) = gain · c + shift; tracks the statistics in training.
 
         Args:
             x: Images (B, C, H, W).
             kernels: The branches' kernels (N, C, 2·L − 1).
-            placed: The same, placed for images like ``x``.
+            row_stride: Positions of a row, guard columns included, that they were made for.
             guard: Columns of zeros between rows.
         """
         if self.training:
             mean, variance = batch_statistics(
-                x, placed, guard, self.sync, self.running_mean, self.running_var, self.momentum, self.weight
+                x,
+                place_kernel(kernels, row_stride, x, guard),
+                guard,
+                self.sync,
+                self.running_mean,
+                self.running_var,
+                self.momentum,
+                self.weight,
             )
         else:
             mean, variance = self.running_mean, self.running_var
@@ -201,6 +210,31 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
         if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return _AllReduce.apply(x)
     return x
+
+
+# Weighted and added
+
+
+@torch.fx.wrap
+def merge_kernels(kernels: Tensor, gain: Tensor) -> Tensor:
+    """Returns the sum (C, 2·M − 1) of kernels (N, C, 2·M − 1), each times its gain (N, C)."""
+    return product(gain.t().unsqueeze(1), kernels.transpose(0, 1)).squeeze(1)  # of (C, 1, N) and (C, N, 2·M − 1)
+
+
+@torch.fx.wrap
+def merge_shifts(alpha: Tensor, shift: Optional[Tensor], bias: Optional[Tensor]) -> Optional[Tensor]:
+    """Returns the bias (C) that branches with shifts (N, C), weighted by alpha (N, C), and local taps add up to."""
+    if shift is None:
+        return bias
+    total = (alpha * shift).sum(0)
+    return total if bias is None else total + at_least_float32(bias)
+
+
+@torch.fx.wrap
+def weigh_branches(c: Tensor, alpha: Tensor) -> Tensor:
+    """Returns the sum (B, C, H, W) of branches (B, N · C, H, W), each times alpha (N, C)."""
+    weights = at_least_float32(alpha).unsqueeze(-1).unsqueeze(-1)
+    return (c.unflatten(1, [alpha.shape[0], alpha.shape[1]]) * weights).sum(1)
 
 
 def create_norm(

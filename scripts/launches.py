@@ -50,9 +50,11 @@ class Counter(TorchDispatchMode):
             with self:
                 return getattr(plain, name)(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
-        if not func.is_view and name not in FREE:
+        tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor)]
+        # What has contents, the sparse lags, a model on the meta device keeps elsewhere; on a GPU it lies there.
+        if not func.is_view and name not in FREE and all(x.is_meta for x in tensors):
             self.launches += 1
-            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, output)) if isinstance(x, Tensor))
+            self.bytes += sum(x.nbytes for x in tensors)
         return output
 
 

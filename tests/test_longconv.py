@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mrconvnext
 from mrconvnext.engines import NAMES, cpu, plain
-from mrconvnext.grid import to_image, to_sequence
+from mrconvnext.grid import place_kernel, to_image, to_sequence
 from mrconvnext.longconv import (
     autocorrelation,
     branch_energies,
@@ -118,7 +118,7 @@ def test_images(
     weights = torch.randn(5, branches * 3, *size, generator=generator, dtype=torch.float64)
 
     own = [tensor.clone().requires_grad_() for tensor in (x, kernel, bias)]
-    y = convolve(*own, guard)
+    y = convolve(*own, size[1] + guard, guard)
     assert y.dtype == dtype
     if branches == 1:
         assert y.stride() == torch.empty_like(x).stride()
@@ -131,15 +131,16 @@ def test_images(
         assert actual.dtype == dtype
         assert_agree(actual, wanted, TOLERANCE[dtype])
     if branches == 1:
-        assert_agree(convolve_real(x, kernel, bias, guard), expected, TOLERANCE[dtype])
+        assert_agree(convolve_real(x, kernel, bias, size[1] + guard, guard), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("row_stride", [5, 4, 8])
 @pytest.mark.parametrize("reach", [0, 3, 20])
-def test_any_number_of_gradients(reach: int) -> None:
+def test_any_number_of_gradients(reach: int, row_stride: int) -> None:
     x, kernel = torch.randn(2, 2, 3, 4, dtype=torch.float64), torch.randn(4, 2 * reach + 1, dtype=torch.float64)
     inputs = [tensor.requires_grad_() for tensor in (x, kernel, torch.randn(4, dtype=torch.float64))]
-    assert torch.autograd.gradcheck(lambda *own: convolve(*own, 1), inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda *own: convolve(*own, 1), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *own: convolve(*own, row_stride, 1), inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *own: convolve(*own, row_stride, 1), inputs, fast_mode=True)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -160,10 +161,25 @@ def test_gradients_of_the_autocorrelation() -> None:
     assert torch.autograd.gradgradcheck(lambda *own: autocorrelation(*own, 1), inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("row_stride", [10, 14, 15, 40])
+@pytest.mark.parametrize("rows", [3, 9, 20])
+def test_kernels_of_another_grid_are_moved(rows: int, row_stride: int) -> None:
+    """Output and gradients are those of the kernel that was moved before."""
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    kernel = torch.randn(3, 2 * rows * row_stride - 1, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    expected = direct(x, place_kernel(kernel, row_stride, x, 3), 3)
+    actual = convolve(x, kernel, None, row_stride, 3)
+    assert_agree(actual, expected, 1e-12)
+    (wanted,) = torch.autograd.grad((expected * weights).sum(), kernel)
+    assert_agree(torch.autograd.grad((actual * weights).sum(), kernel)[0], wanted, 1e-12)
+    assert_agree(convolve_real(x, kernel, None, row_stride, 3), expected, 1e-12)
+
+
 def test_no_images() -> None:
     x = torch.randn(0, 3, 9, 11, requires_grad=True)
     kernel = torch.randn(3, 2 * 9 * 14 - 1, requires_grad=True)
-    y = convolve(x, kernel, torch.randn(3), 3)
+    y = convolve(x, kernel, torch.randn(3), 14, 3)
     assert y.shape == x.shape
     y.sum().backward()
     assert x.grad.shape == x.shape and (kernel.grad == 0).all()
@@ -200,9 +216,9 @@ def test_fft_length_is_good() -> None:
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [
-        ("convolve", lambda x, kernel: (x, kernel, torch.randn(6), 2)),
-        ("convolve", lambda x, kernel: (x, kernel, None, 2)),
-        ("convolve_backward", lambda x, kernel: (torch.randn(2, 6, 4, 5), x, kernel, 2)),
+        ("convolve", lambda x, kernel: (x, kernel, torch.randn(6), 7, 2)),
+        ("convolve", lambda x, kernel: (x, kernel, None, 9, 2)),
+        ("convolve_backward", lambda x, kernel: (torch.randn(2, 6, 4, 5), x, kernel, 7, 2)),
         ("autocorrelation", lambda x, kernel: (x, torch.randn(3), 2)),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..grid import place_kernel
 from . import plain
 
 # Of the padded sequences of a piece.
@@ -20,8 +21,9 @@ def piece_size(x: Tensor, branches: int, n: int) -> int:
     return max(1, PIECE_BYTES // max(1, branches * x.shape[1] * n * x.element_size()))
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """`longconv.convolve`."""
+    kernel = place_kernel(kernel, row_stride, x, guard)
     reach = kernel.shape[-1] // 2
     n = plain.fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
     spectrum = plain.kernel_spectrum(x, kernel, n)
@@ -36,11 +38,14 @@ def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> T
     return y
 
 
-def convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+def convolve_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`longconv.convolve_backward`."""
-    reach = kernel.shape[-1] // 2
+    placed = place_kernel(kernel, row_stride, x, guard)
+    reach = placed.shape[-1] // 2
     n = plain.fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
-    conjugate = plain.kernel_spectrum(x, kernel, n).conj_physical()
+    conjugate = plain.kernel_spectrum(x, placed, n).conj_physical()
     grad_x = plain.empty_output(x, x.shape[1])
     cross = torch.zeros_like(conjugate).flatten(0, 1)
     size = piece_size(x, len(conjugate), n)
@@ -48,7 +53,8 @@ def convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tu
         own_grad, own_cross = plain.gradients(grads, images, conjugate, reach, guard, n)
         out.copy_(own_grad)
         cross += own_cross
-    return grad_x, plain.kernel_gradient(cross, kernel, n), plain.bias_gradient(grad)
+    grad_kernel = plain.kernel_gradient(cross, x, kernel, reach, row_stride, guard, n)
+    return grad_x, grad_kernel, plain.bias_gradient(grad)
 
 
 def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import to_image, to_sequence
+from ..grid import move_back, place_kernel, to_image, to_sequence
 from ..kernels import at_least_float32
 
 
@@ -59,8 +59,9 @@ def irfft(spectrum: Tensor, n: int) -> Tensor:
     return torch.fft.irfft(spectrum, n)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """`longconv.convolve`: a product of spectra."""
+    kernel = place_kernel(kernel, row_stride, x, guard)
     reach = kernel.shape[-1] // 2
     n = fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
     y = convolve_spectrum(x, kernel_spectrum(x, kernel, n), reach, guard, n)
@@ -99,13 +100,16 @@ def empty_output(x: Tensor, channels: int) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
 
 
-def convolve_backward(grad: Tensor, x: Tensor, kernel: Tensor, guard: int) -> tuple[Tensor, Tensor, Tensor]:
+def convolve_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`longconv.convolve_backward`: with the output's gradient moved by the reach, both are products of spectra."""
-    reach = kernel.shape[-1] // 2
+    placed = place_kernel(kernel, row_stride, x, guard)
+    reach = placed.shape[-1] // 2
     n = fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
-    conjugate = kernel_spectrum(x, kernel, n).conj_physical()
+    conjugate = kernel_spectrum(x, placed, n).conj_physical()
     grad_x, cross = gradients(grad, x, conjugate, reach, guard, n)
-    return as_output(grad_x, x), kernel_gradient(cross, kernel, n), bias_gradient(grad)
+    return as_output(grad_x, x), kernel_gradient(cross, x, kernel, reach, row_stride, guard, n), bias_gradient(grad)
 
 
 def gradients(grad: Tensor, x: Tensor, conjugate: Tensor, reach: int, guard: int, n: int) -> tuple[Tensor, Tensor]:
@@ -128,9 +132,12 @@ def gradients(grad: Tensor, x: Tensor, conjugate: Tensor, reach: int, guard: int
     return grad_x, (grads * images).sum(0).flatten(0, 1)
 
 
-def kernel_gradient(cross: Tensor, kernel: Tensor, n: int) -> Tensor:
-    """Returns the gradient for a kernel (N · C, 2·M − 1) that has a spectrum (N · C, n // 2 + 1)."""
-    return irfft(cross, n)[..., : kernel.shape[-1]].contiguous()
+def kernel_gradient(
+    cross: Tensor, x: Tensor, kernel: Tensor, reach: int, row_stride: int, guard: int, n: int
+) -> Tensor:
+    """Returns the gradient for a kernel (N · C, 2·M − 1), of which that of its placed form is given as a spectrum."""
+    placed = irfft(cross, n)[..., : 2 * reach + 1]
+    return move_back(placed, x.shape[3] + guard, row_stride, kernel.shape[-1] // 2).contiguous()
 
 
 def bias_gradient(grad: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..constants import constant, shape_of
+from ..grid import move_kernel
 from ..kernels import at_least_float32, without_autocast
 
 
@@ -42,12 +43,12 @@ def column_matrix(height: int, stride: int, columns: int, dtype: torch.dtype, de
 _row_matrix, _column_matrix = constant(row_matrix), constant(column_matrix)
 
 
-def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], guard: int) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """`longconv.convolve_real`."""
     height, width = shape_of(x)[2:]
     stride = width + guard
     images = at_least_float32(x).permute(0, 2, 3, 1)  # (B, H, W, C)
-    kernel = kernel.to(images.dtype)
+    kernel = move_kernel(kernel.to(images.dtype), row_stride, stride, height * stride - 1)
     channels, lags = shape_of(kernel)
     # Rows −H … H − 1 of lags.
     around = height * stride - lags // 2

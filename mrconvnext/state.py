@@ -1,0 +1,117 @@
+"""State dicts of the layers: what the weights were made for, and the form that a layer takes of those it is given.
+
+These are hooks of `mrconv.LongConvolution`, which is what ``layer`` stands for.
+"""
+
+from typing import Any
+
+import torch
+
+from .kernels import SparseKernels, check_lags
+
+# Of what a layer's state dict holds. 1 had a module for each branch.
+FORMAT = 2
+
+
+def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Writes what the weights were made for: the format, the grid [height, width, guard], the branches' lengths."""
+    state_dict[prefix + "format"] = torch.tensor(FORMAT)
+    state_dict[prefix + "grid"] = torch.tensor([*layer.reference_grid, layer.guard])
+    if layer.kernel is None:
+        state_dict[prefix + "lengths"] = torch.tensor(layer.branch_lengths)
+
+
+def take_form(
+    layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
+) -> None:
+    """Changes a layer to the form, training or deployed, of the weights in a state dict, after checking these.
+
+    Raised here, not collected: the layer's children would be loaded all the same.
+    """
+    check_reference(layer, state_dict, prefix)
+    for name in ("format", "grid", "lengths"):
+        state_dict.pop(prefix + name, None)
+    if prefix + "kernel" in state_dict:
+        state_dict.setdefault(prefix + "alpha", layer.alpha.new_empty((0, layer.channels)))
+        if layer.kernel is None:
+            kernel = layer.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
+            layer.build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
+    elif layer.kernel is None:
+        _check_lags(layer, state_dict, prefix)
+        if prefix + "weight" in state_dict and not any(prefix + name in state_dict for name in _names_of_branches(layer)):
+            # A convolution's own weights: its function, not that plus branches that it never had.
+            state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
+    elif any(name.startswith(prefix) for name in state_dict):
+        deployed, requires_grad = (layer.kernel.detach(), layer.bias.detach()), layer.kernel.requires_grad
+        layer.drop("alpha", "kernel", "bias")
+        layer.build_branches(deployed[0].device, deployed[0].dtype)
+        layer.train(layer.training).requires_grad_(requires_grad)
+        try:
+            _check_branches(layer, state_dict, prefix)
+        except RuntimeError:
+            layer.build_deployed(*deployed)
+            raise
+
+
+def _check_branches(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raises a RuntimeError if a state dict does not have all of the training form, in the layer's shapes."""
+    own = {f"{prefix}{name}": value for name, value in layer.state_dict().items() if name in trainable_names(layer)}
+    missing = [name for name in own if name not in state_dict]
+    if missing:
+        raise RuntimeError(
+            f"the state dict has neither {prefix}kernel nor all of the training form; missing are "
+            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. A deployed layer can't take part of "
+            "a training form: load it into a model in training form, then reparameterize."
+        )
+    _check_lags(layer, state_dict, prefix)
+    for name, value in own.items():
+        if state_dict[name].shape != value.shape:
+            raise RuntimeError(
+                f"size mismatch for {name}: {tuple(state_dict[name].shape)} given, {tuple(value.shape)} in the layer"
+            )
+
+
+def _check_lags(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    # The kernels check them as well, but after the layer's own weights were taken.
+    if isinstance(layer.kernels, SparseKernels):
+        check_lags(layer.kernels, state_dict, f"{prefix}kernels.")
+
+
+def _names_of_branches(layer: Any) -> list[str]:
+    return [name for name in trainable_names(layer) if name not in ("weight", "bias")]
+
+
+def trainable_names(layer: Any) -> list[str]:
+    """Returns the names in a layer's state dict that a layer of its form can't do without."""
+    return [name for name in layer.state_dict() if name not in ("format", "grid", "lengths")]
+
+
+def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one."""
+    if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
+        raise RuntimeError(
+            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't read "
+            "in training form. Deploy them with that version (model.reparameterize()): deployed weights still load."
+        )
+    own = {"format": FORMAT, "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
+    for name, value in own.items():
+        given = state_dict.get(prefix + name)
+        if given is not None and not given.is_meta and given.tolist() != value:
+            raise RuntimeError(
+                f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
+                "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
+                "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
+            )
+    shapes = {
+        "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
+        "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],
+    }
+    for name, allowed in shapes.items():
+        given = state_dict.get(prefix + name)
+        if given is not None and tuple(given.shape) not in allowed:
+            raise RuntimeError(f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer")
+
+
+def reparameterize_after_load(layer: Any, incompatible_keys: Any) -> None:
+    if layer.inference_mode:
+        layer.reparameterize()
