@@ -1,12 +1,16 @@
-# make demo    train, reparameterize and plot a small MRConvNeXt on real images
-# make test    run the tests
-# make timm    run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
-# make lint    check the code's style
+# make demo        train, reparameterize and plot a small MRConvNeXt on real images
+# make test        run the tests
+# make quick       run those that take no more than a few seconds each
+# make timm        run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
+# make lint        check the code's style and types
+# make clients     try real clients of the models (torchao, peft, accelerate, …) in an environment of their own
+# make newest      run the contract tests with timm's newest release, and say which signatures moved
 PYTHON ?= python3
 MODELS ?= atto tiny v2_atto
 BIN := .venv/bin
+SOURCES := mrconvnext training benchmarking experiments scripts train_imagenet.py benchmark_throughput.py
 
-.PHONY: demo test timm lint
+.PHONY: demo test quick timm lint clients newest
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -14,14 +18,36 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+quick: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
 timm: .venv/installed
 	$(BIN)/python scripts/timm_tests.py $(MODELS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+clients: .venv-clients/installed
+	.venv-clients/bin/python scripts/clients.py
+
+newest: .venv-newest/installed
+	.venv-newest/bin/python scripts/signatures.py
+	.venv-newest/bin/python -m pytest tests/test_timm_contract.py tests/test_mrconvnext.py tests/test_convert.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+.venv-clients/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[clients]'
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps timm
 	touch $@

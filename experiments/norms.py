@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from experiments.report import BEST, first_rows, held_out, load
 from experiments.run import commit, environment, now
-from mrconvnext import MRConv2d
-from mrconvnext.grid import long_conv_image, place_kernel
+from mrconvnext import MRConv2d, long_conv
+from mrconvnext.grid import place_kernel, to_image, to_sequence
+from mrconvnext.norms import branch_statistics
 
 GROUPS = ("main", "fine-tuning", "pathfinder 32", "pathfinder 48, from 32", "pathfinder 32, batch 32")
 MEASURED = ("layer", "branch", "variance_10", "variance_50", "variance_90", "mean_50", "mean_90")
@@ -50,22 +51,29 @@ def main() -> int:
 
 def compare(model: nn.Module, images: Tensor) -> list[dict[str, str]]:
     """Returns a line for each layer and branch of a model that sees images (B, 3, H, W) as it does in training."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[MRConv2d, Tensor] = {}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MRConv2d)}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-        layer.norm.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[:2]}))
+    hooks = [
+        layer.register_forward_pre_hook(lambda own, args: inputs.update({own: args[0]})) for layer in layers.values()
+    ]
     model.train()(images)
+    for hook in hooks:
+        hook.remove()
+    return [line for name, layer in layers.items() for line in compare_branches(name, layer, inputs[layer])]
+
+
+def compare_branches(name: str, layer: MRConv2d, x: Tensor) -> list[dict[str, str]]:
+    """Returns the lines of a layer of that name whose input is ``x``."""
+    kernels = place_kernel(layer.kernels(), layer.row_stride, x, layer.guard)
+    count = torch.tensor(len(x) * x.shape[2] * x.shape[3])
+    means, variances = branch_statistics(x, kernels, centre=x.mean((0, 2, 3)), count=count, guard=layer.guard)
     lines = []
-    for name, layer in layers.items():
-        x = inputs[name]
-        for i, (kernel, mean, variance) in enumerate(zip(layer.branch_kernels(), *seen[name])):
-            y = long_conv_image(x, place_kernel(kernel, layer.row_stride, x, layer.guard), layer.guard)
-            own, own_mean = torch.var_mean(y, (0, 2, 3), correction=0)
-            shares = percentiles(variance / own, 0.1, 0.5, 0.9)
-            shifts = percentiles((mean - own_mean).abs() / own.sqrt(), 0.5, 0.9)
-            lines.append(dict(zip(MEASURED, (name, str(i + 1), *shares, *shifts))))
+    for i, (kernel, mean, variance) in enumerate(zip(kernels, means, variances)):
+        y = to_image(long_conv(to_sequence(x, layer.guard), kernel), x.shape[2], layer.guard)
+        own, own_mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+        shares = percentiles(variance / own, 0.1, 0.5, 0.9)
+        shifts = percentiles((mean - own_mean).abs() / own.sqrt(), 0.5, 0.9)
+        lines.append(dict(zip(MEASURED, (name, str(i + 1), *shares, *shifts))))
     return lines
 
 

@@ -14,11 +14,11 @@ import shutil
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from PIL import Image
-from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
@@ -35,13 +35,15 @@ BASELINES = {
 }
 
 # Tables of other kinds.
-NORMS = "parseval less batch"
+NORMS = re.compile(r"(\w+) less (\w+)")
 STATISTICS = "statistics of parseval"
 
 BEST = "best.safetensors"  # weights of a run
 
-HEADER = ("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch")
-HEADER += ("deployed, images/s",)
+HEADER = (
+    *("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch"),
+    "deployed, images/s",
+)
 
 
 def main() -> None:
@@ -99,27 +101,29 @@ def read_speeds(folder: Path) -> Speeds:
 
 def with_tables(text: str, results: Lines, speeds: Speeds, norms: Lines) -> str:
     """Returns a document with its tables made anew."""
-    for name in re.findall(r"<!-- (?!end)(.+?) -->", text):
-        if name == NORMS:
-            own = norm_table(results)
+
+    def made(match: re.Match[str]) -> str:
+        name = match[1]
+        if two := NORMS.fullmatch(name):
+            own = norm_table(two[1], two[2], results)
         elif name == STATISTICS:
             own = statistics_table(norms)
         else:
             own = table(name, results, speeds)
-        block = f"<!-- {name} -->\n{own}\n<!-- end -->"
-        text = re.sub(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-    return text
+        return f"<!-- {name} -->\n{own}\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end -->)(.+?) -->(?s:.*?)<!-- end -->", made, text)
 
 
-def norm_table(results: Lines) -> str:
-    """Returns the table of what the norms of the branches differ by, for groups that train both on the same images."""
-    lines = ["| table | seeds | parseval less batch | at each seed |", "| --- | --- | --- | --- |"]
+def norm_table(norm: str, baseline: str, results: Lines) -> str:
+    """Returns the table of what two norms of the branches differ by, for groups that train both on the same images."""
+    lines = [f"| table | seeds | {norm} less {baseline} | at each seed |", "| --- | --- | --- | --- |"]
     accuracies, rows = accuracies_of(results), first_rows()
     for (group, name), row in rows.items():
-        other = rows.get((group, "local taps, batch"))
-        if name == "local taps, parseval" and other and other.data == row.data and not group.startswith("before"):
-            parseval, batch = accuracies[group, name], accuracies[group, other.name]
-            if differences := [parseval[seed] - batch[seed] for seed in sorted(parseval, key=int) if seed in batch]:
+        other = rows.get((group, f"local taps, {baseline}"))
+        if name == f"local taps, {norm}" and other and other.data == row.data and not group.startswith("before"):
+            own, others = accuracies[group, name], accuracies[group, other.name]
+            if differences := [own[seed] - others[seed] for seed in sorted(own, key=int) if seed in others]:
                 each = ", ".join(format(value, "+.2f") for value in differences)
                 lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
     return "\n".join(lines)
@@ -138,8 +142,8 @@ def statistics_table(norms: Lines) -> str:
             for extreme, share in ((min, 10), (min, 50), (max, 50), (max, 90))
         )
         shift = max(float(line["mean_90"]) for line in own)
-        medians = " … ".join(format(value, ".2f") for value in medians)
-        lines.append(f"| {group} | {len(own)} | {medians} | {least:.2f} … {largest:.2f} | {shift:.2f} |")
+        centre = " … ".join(format(value, ".2f") for value in medians)
+        lines.append(f"| {group} | {len(own)} | {centre} | {least:.2f} … {largest:.2f} | {shift:.2f} |")
     return "\n".join(lines)
 
 
@@ -232,7 +236,7 @@ def write_pictures(results: Path, folder: Path) -> None:
             plot_kernels(model).savefig(folder / f"{name}-kernels.png", dpi=90)
 
 
-def load(row: Row, results: Path) -> nn.Module:
+def load(row: Row, results: Path) -> Any:
     """Returns the best model of a row in eval mode."""
     folder, args = results / "runs" / row.identifier, row.arguments
     if (folder / "trained").is_dir():

@@ -18,12 +18,15 @@ CONVNEXT = ("convnext_atto", ())
 PAPER = ("mrconvnext_atto", ("branch_norm=batch", "kernel_sizes=0", "bidirectional=False"))
 BATCH = ("mrconvnext_atto", ("branch_norm=batch",))
 PARSEVAL = ("mrconvnext_atto", ("branch_norm=parseval",))
+KERNEL = ("mrconvnext_atto", ("branch_norm=kernel",))
 MODELS = {
     "ConvNeXt": CONVNEXT,
     "paper's layer, batch": PAPER,
     "local taps, batch": BATCH,
     "local taps, parseval": PARSEVAL,
+    "local taps, kernel": KERNEL,
 }
+NORMS = ("local taps, batch", "local taps, parseval", "local taps, kernel")
 
 # One thing changed of "local taps, parseval": arguments of the model, and of the script.
 CHANGES = {
@@ -118,7 +121,7 @@ def fine_tuning_rows() -> list[Row]:
     for seed in range(3):
         first = Row("before fine-tuning", "ConvNeXt", seed, "fashion-first-half", fashion(CONVNEXT))
         rows.append(first)
-        for name in ("ConvNeXt", "local taps, batch", "local taps, parseval"):
+        for name in ("ConvNeXt", *NORMS):
             options = (*model(MODELS[name]), *RECIPE, *tuned)
             rows.append(Row("fine-tuning", name, seed, "fashion-second-half", options, first.identifier))
     return rows
@@ -145,7 +148,7 @@ def other_pathfinder_rows() -> list[Row]:
         first = before_pathfinder_row("ConvNeXt", seed, 32)
         rows.append(pathfinder_row("pathfinder 32, 6 passes", first, 32, 6))
     for seed in range(6):
-        for name in MODELS if seed < 3 else ("local taps, batch", "local taps, parseval"):
+        for name in MODELS if seed < 3 else NORMS:
             first = before_pathfinder_row(name, seed, 32)
             rows += [first, pathfinder_row("pathfinder 32, batch 32", first, 32, 2, batch=32, warmup=0.1)]
     return rows

@@ -13,7 +13,6 @@ import csv
 import datetime
 import fcntl
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -27,11 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
-import timm
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from benchmarking.environment import processor, versions
 from experiments.data import MissingData, write
 from experiments.rows import Row, all_rows
 from training.arguments import positive
@@ -39,9 +38,11 @@ from training.errors import UserError
 from training.processes import INTERRUPTED, signals_call
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters")
-COLUMNS += ("steps", "step_ms", "train_s", "wall_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python")
-COLUMNS += ("commit", "date", "command")
+COLUMNS = (
+    *("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters"),
+    *("steps", "step_ms", "train_s", "wall_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python"),
+    *("commit", "date", "command"),
+)
 
 # A line of the script's log: steps so far, steps of the epoch, and the seconds that they took.
 STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.]+)s backward ([\d.]+)s step ([\d.]+)s")
@@ -110,8 +111,9 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, lock: int) -> None:
         self.args, self.file = args, args.output / "results.csv"
-        self.folder_lock = lock
-        self.file_lock, self.processes, self.stopped = threading.Lock(), set(), False
+        self.folder_lock, self.file_lock = lock, threading.Lock()
+        self.processes: set[subprocess.Popen] = set()
+        self.stopped = False
         self.fixed = {**environment(), "threads": 1, "jobs": args.jobs}
 
     def left(self, rows: list[Row]) -> list[Row]:
@@ -276,15 +278,7 @@ def now() -> str:
 
 def environment() -> dict[str, str]:
     """Returns the hardware and versions that numbers depend on."""
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-    return {"hardware": processor(), **versions}
-
-
-def processor() -> str:
-    """Returns the processor's name, as Linux has it, and its cores."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+    return {"hardware": f"{processor()}, {os.cpu_count()} cores", **versions()}
 
 
 if __name__ == "__main__":

@@ -109,9 +109,10 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         options = {**found, **options, "pretrained_cfg_overlay": overlay}
     elif path.is_dir():
         name = f"local-dir:{path}"
-    model = timm.create_model(name, pretrained=True, **options)
+    model: Any = timm.create_model(name, pretrained=True, **options)
     if type(model) is ConvNeXt:
-        started_from = model.pretrained_cfg.get("hf_hub_id")
+        cfg: Any = model.pretrained_cfg
+        started_from = cfg.get("hf_hub_id")
         model = from_convnext(model)
         model.started_from = started_from
     if not isinstance(model, MRConvNeXt):

@@ -71,7 +71,7 @@ def shape_of(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def _as_number(size: int) -> int:
+def _as_number(size: Any) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         return int(size)

@@ -68,7 +68,7 @@ def move_kernel(kernel: Tensor, old: int, new: int, largest: int) -> Tensor:
     """
     if old != new:
         kernel = from_lag_map(lag_map(kernel, old), new)
-    reach = kernel.shape[-1] // 2
+    reach = shape_of(kernel)[-1] // 2
     keep = min(reach, largest)
     return kernel[..., reach - keep : reach + keep + 1]
 
@@ -83,9 +83,7 @@ def move_back(kernel: Tensor, new: int, old: int, reach: int) -> Tensor:
 # Local taps
 
 
-def local_positions(
-    kernel_size: int, dilation: int, row_stride: int, reach: int, device: torch.device
-) -> Tensor:
+def local_positions(kernel_size: int, dilation: int, row_stride: int, reach: int, device: torch.device) -> Tensor:
     """Returns where k×k taps stand in a two-sided kernel of largest lag ``reach``, (k·k)."""
     tap = torch.arange(kernel_size * kernel_size, device=device)
     # conv2d correlates, where a long convolution convolves: the tap after the centre is for the pixel before.

@@ -216,11 +216,11 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"model must be an MRConvNeXt, got {type(model).__name__}")
     classifier = getattr(model.head, "fc", None)
-    outputs = {nn.Linear: lambda: classifier.out_features, nn.Identity: lambda: 0}.get(type(classifier), lambda: None)()
+    outputs = 0 if isinstance(classifier, nn.Identity) else getattr(classifier, "out_features", None)
     if outputs != model.num_classes:
         raise ValueError(
-            f"model.head was replaced: it is {type(model.head).__name__}, its classifier {classifier}, and the model was "
-            f"made for num_classes={model.num_classes}. Change the classes with model.reset_classifier(num_classes), "
+            f"model.head was replaced: it is {type(model.head).__name__} with the classifier {classifier}, where the "
+            f"model has num_classes={model.num_classes}. Change the classes with model.reset_classifier(num_classes), "
             "0 for none, so that timm can make the model again."
         )
 
@@ -248,7 +248,7 @@ def _write(
     """Writes a model's files, and reads them back. The arguments are those of `save`, and the name that timm knows."""
     exported = _exported(model, fused)
     arguments = _arguments(exported, model_args)
-    save_for_hf(exported, folder, model_args=arguments, safe_serialization=True)
+    save_for_hf(exported, str(folder), model_args=arguments, safe_serialization=True)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     try:
         with torch.random.fork_rng(devices=[]):  # a run that saves goes on as it would have
@@ -273,7 +273,7 @@ def _write(
 
 def _exported(model: MRConvNeXt, fused: bool) -> MRConvNeXt:
     """Returns the copy of a model that is written, its configuration that of the model as it is now."""
-    exported = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+    exported = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     if fused:
         exported.float().reparameterize()
     input_size = (exported.stem[0].in_channels, *exported.pretrained_cfg["input_size"][1:])
@@ -318,7 +318,7 @@ def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[st
         **(metrics or {}),
     }
     license = cfg.get("license") or "apache-2.0"
-    known = {"license": license} if license in KNOWN_LICENSES else {"license": "other", "license_name": license}
+    known: Any = {"license": license} if license in KNOWN_LICENSES else {"license": "other", "license_name": license}
     tags = ["image-classification", "timm", "mrconvnext"]
     data = ModelCardData(tags=tags, pipeline_tag="image-classification", library_name="timm", **known)
     return CARD.format(

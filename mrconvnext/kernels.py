@@ -35,9 +35,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def fourier_basis(
-    lengths: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def fourier_basis(lengths: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns what each Fourier coefficient adds to a two-sided kernel, (N, directions · modes · 2, 2·L − 1).
 
     The rows are those of the unitary inverse real transform of each branch's length: real and imaginary part of mode 0,
@@ -81,9 +79,9 @@ _dilated_basis = constant(lambda lengths, *args: dilated_basis(list(lengths), *a
 
 @torch.fx.wrap
 def fourier_kernels(coefficients: Tensor, scale: Optional[Tensor], lengths: list[int]) -> Tensor:
-    """Returns the kernels (N, C, 2·L − 1) with Fourier coefficients (N, C, D, modes, 2), each times a scale (N, C, D)."""
-    directions, modes = coefficients.shape[2], coefficients.shape[3]
-    values = _scaled(coefficients.flatten(3), scale)
+    """Returns the kernels (N, C, 2·L − 1) with Fourier coefficients (N, C, D, 2 · modes) times a scale (N, C, D)."""
+    directions, modes = coefficients.shape[2], coefficients.shape[3] // 2
+    values = _scaled(coefficients, scale)
     if torch.jit.is_scripting():
         basis = fourier_basis(lengths, directions, modes, values.dtype, values.device)
     else:
@@ -153,6 +151,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Returns the products of matrices (n, i, j) and (n, j, k), computed in their own precision under autocast too."""
     if torch.jit.is_scripting():
         return torch.bmm(a, b)
+    if torch.jit.is_tracing():  # which can't be saved with a function of Python's
+        with without_autocast(a):
+            return torch.bmm(a, b)
     else:
         return (_Product if torch.compiler.is_compiling() else _ForwardProduct).apply(a, b)
 
@@ -225,7 +226,8 @@ class FourierKernels(nn.Module):
 def _fourier_coefficients(
     channels: int, lengths: Sequence[int], directions: int, modes: int, device: Any, dtype: Any
 ) -> nn.Parameter:
-    coefficients = torch.empty(len(lengths), channels, directions, modes, 2, device=device, dtype=dtype)
+    # Four dimensions, as there may be in a model that is moved to channels-last order.
+    coefficients = torch.empty(len(lengths), channels, directions, 2 * modes, device=device, dtype=dtype)
     for own, length in zip(coefficients, lengths):
         # The energy is that of all modes: each has two parts and a conjugate, but for the constant and, where the
         # length is even, the highest mode, which are real and alone.
@@ -324,7 +326,7 @@ def check_lags(module: SparseKernels, state_dict: dict[str, Any], prefix: str) -
     own = module.lags
     if given.is_floating_point() or given.is_complex() or given.shape != own.shape:
         raise RuntimeError(
-            f"{prefix}lags must be integers {tuple(own.shape)}, got {given.dtype} {tuple(given.shape)} in the state dict"
+            f"{prefix}lags must be integers {tuple(own.shape)}, the state dict has {given.dtype} {tuple(given.shape)}"
         )
     if given.is_meta:
         return

@@ -20,7 +20,7 @@ from .engines import plain, real
 
 @torch.compiler.assume_constant_result
 def is_in_onnx_export() -> bool:
-    """Returns whether an ONNX exporter runs this call. Dynamo, which one of them tries, takes PyTorch's own for False."""
+    """Returns whether an ONNX exporter runs this call; under Dynamo, which one of them uses, PyTorch's is False."""
     return torch.onnx.is_in_onnx_export()
 
 
@@ -43,10 +43,9 @@ def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int,
     """
     if torch.jit.is_scripting():
         return plain.convolve(x, kernel, bias, row_stride, guard)
-    elif is_in_onnx_export():  # whose files have no FFT, or a slow one
+    if is_in_onnx_export():  # whose files have no FFT, or a slow one
         return real.convolve(x, kernel, bias, row_stride, guard)
-    else:
-        return _apply(_Convolve, x, kernel, bias, row_stride, guard)
+    return _apply(_Convolve, x, kernel, bias, row_stride, guard)
 
 
 @torch.fx.wrap
@@ -72,8 +71,7 @@ def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
     """
     if torch.jit.is_scripting():
         return plain.autocorrelation(x, mean, guard)
-    else:
-        return _apply(_Autocorrelation, x, mean, guard)
+    return _apply(_Autocorrelation, x, mean, guard)
 
 
 def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
@@ -247,9 +245,7 @@ class _Convolve(torch.autograd.Function):
 
 class _ConvolveBackward(torch.autograd.Function):
     @staticmethod
-    def forward(
-        grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.mrconvnext.convolve_backward(grad, x, kernel, row_stride, guard)
 
     @staticmethod
@@ -269,7 +265,9 @@ class _ConvolveBackward(torch.autograd.Function):
         return for_grad, for_x, for_kernel.to(kernel.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, on_grad: Optional[Tensor], on_x: Optional[Tensor], on_kernel: Optional[Tensor], *_: None) -> tuple:
+    def jvp(
+        ctx: Any, on_grad: Optional[Tensor], on_x: Optional[Tensor], on_kernel: Optional[Tensor], *_: None
+    ) -> tuple:
         grad, x, kernel = ctx.saved_tensors
         on_grad = torch.zeros_like(grad) if on_grad is None else on_grad
         grad_x, grad_kernel, grad_bias = _apply(_ConvolveBackward, on_grad, x, kernel, *ctx.layout)

@@ -61,9 +61,8 @@ def convolve_locally(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation
     padding = dilation * (weight.shape[3] // 2)
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
-    else:
-        with without_autocast(x):
-            return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+    with without_autocast(x):
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
 class LongConvolution(nn.Module):
@@ -224,9 +223,8 @@ class LongConvolution(nn.Module):
             gain, shift = self.norm(x, kernels, self.row_stride, self.guard)
             kernel, bias = self._merge(kernels, gain, shift)
             return convolve(x, kernel, bias, self.row_stride, self.guard)
-        else:
-            c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))
-            return self._add_branches(x, c)
+        c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))
+        return self._add_branches(x, c)
 
     def _merge(self, kernels: Tensor, gain: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the kernel (C, 2·L − 1) and bias (C), if any, that branches, α and local taps add up to.

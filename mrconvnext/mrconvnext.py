@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,13 @@ class MRConvNeXt(ConvNeXt):
         ValueError: If an argument is outside its range.
     """
 
+    if TYPE_CHECKING:  # else an attribute of a module is a tensor or a module
+        stem: Any
+        stages: Any
+        head: Any
+        pretrained_cfg: Any
+        default_cfg: Any
+
     def __init__(
         self,
         *,
@@ -104,7 +111,8 @@ class MRConvNeXt(ConvNeXt):
         options: dict[str, Any],
     ) -> None:
         """Makes a ConvNeXt an MRConvNeXt. The arguments are those of the constructor."""
-        sides, smallest_image = to_2tuple(img_size), self.feature_info[-1]["reduction"]
+        feature_info: Any = self.feature_info
+        sides, smallest_image = to_2tuple(img_size), feature_info[-1]["reduction"]
         if len(sides) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in sides):
             raise ValueError(f"img_size must be one or two integers of at least {smallest_image}, got {img_size}")
         min_lengths = for_each_stage("min_lengths", min_lengths)
@@ -115,7 +123,7 @@ class MRConvNeXt(ConvNeXt):
 
         self.stem[0].__class__, self.stem[0].smallest = StemConv2d, smallest_image
         seed = 0
-        for stage, info, kernel_size, min_length in zip(self.stages, self.feature_info, kernel_sizes, min_lengths):
+        for stage, info, kernel_size, min_length in zip(self.stages, feature_info, kernel_sizes, min_lengths):
             for block in stage.blocks:
                 conv = block.conv_dw
                 smallest = conv.dilation[0] * (kernel_size // 2) + 1
@@ -139,7 +147,7 @@ class MRConvNeXt(ConvNeXt):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the kernels, α and the branches' norms; local taps decay as in ConvNeXt."""
-        names = set()
+        names: set[str] = set()
         for prefix, layer in self.named_modules():
             if isinstance(layer, MRConv2d):
                 own = (name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
@@ -189,7 +197,8 @@ def from_convnext(
     """
     if type(model) is not ConvNeXt:
         raise TypeError(f"model must be timm's ConvNeXt itself, no wrapper, features_only or else, got {type(model)}")
-    for stage in model.stages:
+    stages: Any = model.stages
+    for stage in stages:
         convolutions = [block.conv_dw for block in stage.blocks]
         if not all(_is_replaceable(conv, convolutions[0].kernel_size) for conv in convolutions):
             raise TypeError(
@@ -199,14 +208,14 @@ def from_convnext(
     if unknown := [name for name in options if name not in OPTIONS]:
         raise TypeError(f"options must be among {', '.join(OPTIONS)}, got {', '.join(unknown)}")
 
-    converted = copy.deepcopy(model)
+    converted: Any = copy.deepcopy(model)
     converted.__class__ = MRConvNeXt
-    kernel_sizes = tuple(stage.blocks[0].conv_dw.kernel_size[0] for stage in model.stages)
+    kernel_sizes = tuple(stage.blocks[0].conv_dw.kernel_size[0] for stage in stages)
     converted._replace_convolutions(img_size, kernel_sizes, min_lengths, inference_mode=False, options=options)
     converted.load_state_dict(with_branches(model.state_dict(), converted))
     for name, layer in converted.named_modules():
         if isinstance(layer, MRConv2d):
-            conv = model.get_submodule(name)
+            conv: Any = model.get_submodule(name)
             layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
     given = getattr(model, "_model_args", {})  # of create_model, if that made it
@@ -248,7 +257,12 @@ SIZES = {
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
-NAMES = [f"{family}_{size}" for family in ("convnext", "convnextv2") for size in SIZES if (family, size) != ("convnext", "huge")]
+NAMES = [
+    f"{family}_{size}"
+    for family in ("convnext", "convnextv2")
+    for size in SIZES
+    if (family, size) != ("convnext", "huge")
+]
 
 default_cfgs = generate_default_cfgs(
     {tag: cfg for name in NAMES for tag, cfg in cfgs_of_convnext(f"mr{name}", name).items()}

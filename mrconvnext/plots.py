@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from .grid import lag_map
 from .mrconv import MRConv2d
@@ -34,7 +34,7 @@ def plot_kernels(model: MRConvNeXt) -> Figure:
 @torch.no_grad()
 def _plot_layer(layer: MRConv2d, axes: list[Axes], title: str) -> None:
     kernels = layer.branch_kernels()
-    channel = layer.alpha.abs().sum(0).argmax().item()
+    channel = int(layer.alpha.abs().sum(0).argmax())
     branches = [kernel[channel].float() for kernel in kernels]
     merged = layer.merged_kernel()[0][channel].float()
     *images, merged_image = axes[2:]
@@ -115,7 +115,7 @@ def plot_alpha_norms(model: MRConvNeXt) -> Figure:
     return figure
 
 
-def plot_receptive_fields(models: dict[str, nn.Module], images: Tensor) -> Figure:
+def plot_receptive_fields(models: dict[str, Any], images: Tensor) -> Figure:
     """Returns a picture of what each stage of each model sees: a row a model, a column a stage.
 
     The effective receptive field (after Luo et al. 2016) of the position in the middle of a feature map: the size of
@@ -137,7 +137,7 @@ def plot_receptive_fields(models: dict[str, nn.Module], images: Tensor) -> Figur
     return figure
 
 
-def _receptive_field(model: nn.Module, images: Tensor, stage: int) -> Tensor:
+def _receptive_field(model: Any, images: Tensor, stage: int) -> Tensor:
     """Returns the effective receptive field (H, W) of the middle of a stage's feature map, its largest value 1."""
     images = images.clone().requires_grad_()
     (features,) = model.forward_intermediates(images, indices=[stage], intermediates_only=True)

@@ -21,9 +21,7 @@ def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_m
         state_dict[prefix + "lengths"] = torch.tensor(layer.branch_lengths)
 
 
-def take_form(
-    layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
-) -> None:
+def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
     """Changes a layer to the form, training or deployed, of the weights in a state dict, after checking these.
 
     Raised here, not collected: the layer's children would be loaded all the same.
@@ -38,7 +36,9 @@ def take_form(
             layer.build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
     elif layer.kernel is None:
         _check_lags(layer, state_dict, prefix)
-        if prefix + "weight" in state_dict and not any(prefix + name in state_dict for name in _names_of_branches(layer)):
+        if prefix + "weight" in state_dict and not any(
+            prefix + name in state_dict for name in _names_of_branches(layer)
+        ):
             # A convolution's own weights: its function, not that plus branches that it never had.
             state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
     elif any(name.startswith(prefix) for name in state_dict):
@@ -90,8 +90,8 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
     """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one."""
     if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
         raise RuntimeError(
-            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't read "
-            "in training form. Deploy them with that version (model.reparameterize()): deployed weights still load."
+            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't "
+            "read in training form. Deploy them with that version (model.reparameterize()): deployed weights load."
         )
     own = {"format": FORMAT, "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
     for name, value in own.items():
@@ -109,7 +109,9 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
     for name, allowed in shapes.items():
         given = state_dict.get(prefix + name)
         if given is not None and tuple(given.shape) not in allowed:
-            raise RuntimeError(f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer")
+            raise RuntimeError(
+                f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer"
+            )
 
 
 def reparameterize_after_load(layer: Any, incompatible_keys: Any) -> None:

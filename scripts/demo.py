@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mrconvnext
+from mrconvnext.norms import NORMS
 from mrconvnext.plots import plot_kernels
 
 
@@ -30,14 +32,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="passes over the 1,347 images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="largest learning rate (default: %(default)s)")
-    parser.add_argument("--branch-norm", default="parseval", help='"batch" or "parseval" (default: %(default)s)')
+    parser.add_argument("--branch-norm", choices=NORMS, default="kernel", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
     train_images, test_images, train_labels, test_labels = load_images(64)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "mrconvnext_atto",
         depths=(1, 1, 2, 1),
         dims=(24, 48, 96, 192),
@@ -90,7 +92,7 @@ def load_images(size: int) -> list[Tensor]:
 def train(model: nn.Module, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
     steps = len(images) // args.batch_size
     optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps * args.epochs)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=steps * args.epochs)
     terminal = sys.stderr.isatty()
     model.train()
     for epoch in range(args.epochs):
@@ -132,13 +134,13 @@ def accuracy_without_branches(model: nn.Module, images: Tensor, labels: Tensor) 
 def agreement_in_bfloat16(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """Returns how many predictions bfloat16 autocast leaves the same, and of how many."""
     expected = predict(model, images).argmax(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        return (predict(model, images).argmax(1) == expected).sum().item(), len(images)
+    with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
+        return int((predict(model, images).argmax(1) == expected).sum()), len(images)
 
 
 def time_models(models: list[nn.Module], images: Tensor, rounds: int = 7) -> list[float]:
     """Returns the median time of a forward pass in ms for each model; they take turns."""
-    times = [[] for _ in models]
+    times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds + 2):
         for model, own in zip(models, times):
             start = time.perf_counter()

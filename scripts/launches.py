@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mrconvnext  # noqa: F401  registers the models
 from mrconvnext.engines import plain

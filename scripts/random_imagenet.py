@@ -25,8 +25,9 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 # Coarse noise compresses about as photographs do.
-                pixels = generator.integers(0, 256, (25, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.JPEG")
+                pixels = generator.integers(low=0, high=256, size=(25, 32, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize(size=(500, 375), resample=Image.Resampling.BICUBIC)
+                image.save(folder / f"{i}.JPEG")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def download_timm_tests(folder: Path) -> Path:
     (source,) = folder.glob("timm-*.tar.gz")
     with tarfile.open(source) as archive:
         members = [member for member in archive.getmembers() if member.name.split("/")[1:2] == ["tests"]]
-        archive.extractall(folder, members, filter="data")
+        archive.extractall(folder, members=members, filter="data")
     return folder / source.name.removesuffix(".tar.gz")
 
 

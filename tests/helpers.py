@@ -1,10 +1,12 @@
 """What the tests share: models that hide nothing, and the check that two outputs agree."""
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
 import mrconvnext
+import mrconvnext.engines
 from mrconvnext.norms import ParsevalNorm
 
 SMALL = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), num_classes=10, img_size=64)
@@ -56,3 +58,22 @@ def assert_agree(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
 
 def layers_of(model: nn.Module) -> list[mrconvnext.MRConv2d]:
     return [layer for layer in model.modules() if isinstance(layer, mrconvnext.MRConv2d)]
+
+
+FORMS = [("kernel", False), ("parseval", False), ("batch", False), ("batch", True)]
+each_form = pytest.mark.parametrize(
+    ("branch_norm", "deployed"),
+    FORMS,
+    ids=[f"{norm}-{'deployed' if deployed else 'training'}" for norm, deployed in FORMS],
+)
+each_engine = pytest.mark.parametrize("engine", mrconvnext.engines.NAMES)
+
+
+def model_in(branch_norm: str, deployed: bool = False, **options) -> mrconvnext.MRConvNeXt:
+    """Returns a model of `small_model` in one of its forms."""
+    model = small_model(branch_norm=branch_norm, **options)
+    return model.reparameterize() if deployed else model
+
+
+def images(height: int = 64, width: int = 96, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))

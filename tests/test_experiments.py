@@ -1,14 +1,17 @@
 """The runner of the experiments as its users run it, with short rows on digits in place of its own."""
 
+import contextlib
 import csv
 import fcntl
 import gzip
+import io
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import timm
 import torch
 from PIL import Image, ImageFilter
 
+from benchmarking import timing
 from experiments import norms, report, rows, run, speed
 from experiments.data import MissingData, draw_pathfinder, write_fashion
 from mrconvnext import MRConv2d
@@ -24,9 +28,11 @@ OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs d
 OPTIONS += "--global-batch 64 --epochs 2 --workers 0 --mixup 0 --cutmix 0 --log-interval 2 --aa=".split()
 OPTIONS += "--model-ema-decay 0 --warmup-epochs 0.1 --lr 0.01 --no-lr-scaling --ls-init 0.1".split()
 
+DOCS = Path(__file__).parent.parent / "docs"
 
-@pytest.fixture
-def short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
+
+def use_short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
+    """Has the runner take short rows on digits for its own, and returns them."""
     first = rows.Row("first", "ConvNeXt", 0, "digits", tuple(OPTIONS))
     own = [
         first,
@@ -39,45 +45,45 @@ def short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
     return own
 
 
-def results(folder: Path) -> dict[str, dict[str, str]]:
-    with open(folder / "results.csv", newline="") as file:
-        return {line["identifier"]: line for line in csv.DictReader(file)}
+@pytest.fixture
+def short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
+    return use_short_rows(monkeypatch)
 
 
-def test_a_row_that_fails_is_kept_and_the_others_go_on(short_rows: list, tmp_path: Path, capsys) -> None:
-    assert run.main(["--output", str(tmp_path)]) == 1
-    found = results(tmp_path)
-    assert {name: line["status"] for name, line in found.items()} == {
-        "first-ConvNeXt-0": "done",
-        "first-fails-0": "failed",
-        "second-tuned-0": "done",  # and what starts from the one that failed waits for it
-    }
-    assert "--opt none" in found["first-fails-0"]["reason"]
-    errors = capsys.readouterr().err
-    assert "first-fails-0" in errors and short_rows[3].identifier in errors
-    done = found[short_rows[0].identifier]
-    assert float(done["top1"]) > 12 and float(done["step_ms"]) > 0 and done["steps"] == str(2 * (1437 // 64))
-    assert done["commit"] and done["hardware"] and "--seed 0" in done["command"]
-    assert float(found[short_rows[2].identifier]["top1"]) > float(done["top1"])
-    before = (tmp_path / "results.csv").read_bytes()
-    assert run.main(["--output", str(tmp_path)]) == 1
-    assert (tmp_path / "results.csv").read_bytes() == before
+class Runs(NamedTuple):
+    """The same folder after the runner was stopped in the middle of its first row, after it went on, and once more."""
+
+    folder: Path
+    stopped: tuple[int, bool]  # exit status, and whether there were results
+    handlers: tuple[dict, dict]  # of signals, before and after
+    status: int
+    errors: str
+    results: bytes
+    again: tuple[int, bytes]
 
 
-def test_an_interrupted_row_goes_on(short_rows: list, tmp_path: Path) -> None:
-    options = ["--output", str(tmp_path), "--groups", "first", "--jobs", "1"]
-    log = tmp_path / "runs" / f"{short_rows[0].identifier}.log"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stderr(io.StringIO()) as errors:
+        first = use_short_rows(monkeypatch)[0]
+        log, file = folder / "runs" / f"{first.identifier}.log", folder / "results.csv"
+        stop = threading.Thread(
+            target=after_steps, args=(log, lambda: os.kill(os.getpid(), signal.SIGTERM)), daemon=True
+        )
+        before = handlers()
+        stop.start()
+        status = run.main(["--output", str(folder), "--groups", "first", "--jobs", "1"])
+        stop.join()
+        stopped, after = (status, file.exists()), handlers()
+        status = run.main(["--output", str(folder)])
+        results = file.read_bytes()
+        again = run.main(["--output", str(folder)]), file.read_bytes()
+    return Runs(folder, stopped, (before, after), status, errors.getvalue(), results, again)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    thread = threading.Thread(target=after_steps, args=(log, lambda: os.kill(os.getpid(), signal.SIGTERM)), daemon=True)
-    thread.start()
-    assert run.main(options) == 75
-    thread.join()
-    assert not (tmp_path / "results.csv").exists()
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
-    run.main(options)
-    assert results(tmp_path)[short_rows[0].identifier]["status"] == "done"
-    assert "resuming at step" in log.read_text()
+
+def handlers() -> dict:
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def after_steps(log: Path, act: Callable[[], None]) -> None:
@@ -89,20 +95,54 @@ def after_steps(log: Path, act: Callable[[], None]) -> None:
     act()
 
 
+def lines_of(folder: Path) -> dict[str, dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return {line["identifier"]: line for line in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_is_kept_and_the_others_go_on(runs: Runs) -> None:
+    found = lines_of(runs.folder)
+    assert {name: line["status"] for name, line in found.items()} == {
+        "first-ConvNeXt-0": "done",
+        "first-fails-0": "failed",
+        "second-tuned-0": "done",  # and what starts from the one that failed waits for it
+    }
+    assert runs.status == 1 and "--opt none" in found["first-fails-0"]["reason"]
+    assert "first-fails-0" in runs.errors and "second-starts-from-what-failed-0" in runs.errors
+    done = found["first-ConvNeXt-0"]
+    assert float(done["top1"]) > 12 and float(done["step_ms"]) > 0 and done["steps"] == str(2 * (1437 // 64))
+    assert done["commit"] and done["hardware"] and "--seed 0" in done["command"]
+    assert float(found["second-tuned-0"]["top1"]) > float(done["top1"])
+
+
+@pytest.mark.slow
+def test_rows_with_a_result_are_not_run_again(runs: Runs) -> None:
+    assert runs.again == (1, runs.results)
+
+
+@pytest.mark.slow
+def test_an_interrupted_row_goes_on(runs: Runs) -> None:
+    status, had_results = runs.stopped
+    assert status == 75 and not had_results
+    assert runs.handlers[0] == runs.handlers[1]
+    assert "resuming at step" in (runs.folder / "runs" / "first-ConvNeXt-0.log").read_text()
+
+
 def test_a_row_that_a_killed_runner_left_keeps_others_out(short_rows: list, tmp_path: Path, capsys) -> None:
-    left = []
+    left: list[int] = []
+    end = tmp_path / "end"
+    wait = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)"
+    (tmp_path / "wait.py").write_text(wait)
     with run.only_one(tmp_path) as lock:
         runner = run.Runner(run.parse_args(["--output", str(tmp_path)]), lock)
-        (tmp_path / "runs").mkdir()
-        sleep = "import sys, time; time.sleep(float(sys.argv[1]))"
-        (tmp_path / "sleep.py").write_text(sleep)
-        thread = threading.Thread(
-            target=lambda: left.append(runner.train(["python", str(tmp_path / "sleep.py"), "3"], tmp_path / "log"))
-        )
+        command = ["python", str(tmp_path / "wait.py"), str(end)]
+        thread = threading.Thread(target=lambda: left.append(runner.train(command, tmp_path / "log")))
         thread.start()
         while not runner.processes:
             time.sleep(0.01)
     assert run.main(["--output", str(tmp_path)]) == 2 and "killed one left" in capsys.readouterr().err
+    end.touch()
     thread.join()
     assert left == [0]
     with run.only_one(tmp_path):
@@ -162,6 +202,12 @@ def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
         assert len(recipes) == len(shapes) == 1, group
     assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == {0, 1, 2}
     assert all(any(other.identifier == row.start for other in own) for row in own if row.start)
+
+
+def test_every_row_names_its_norm() -> None:
+    """A row must mean the same whatever the default is."""
+    for row in rows.all_rows():
+        assert row.arguments.model.startswith("convnext") or "branch_norm" in row.arguments.model_kwargs, row.identifier
 
 
 def test_fashion_mnist_is_written_as_it_is(tmp_path: Path) -> None:
@@ -244,11 +290,17 @@ def test_the_tables_say_what_the_results_say() -> None:
     assert report.with_tables(text, lines, speeds, []) == text
     batch = [{**line, "name": "local taps, batch", "top1": top1} for line, top1 in zip(lines[2:4], ("72.5", "74"))]
     text = report.with_tables("<!-- parseval less batch -->\n<!-- end -->", lines + batch, speeds, [])
+    assert "| table | seeds | parseval less batch |" in text
     assert "| main | 2 | +0.25 ± 1.06 | -0.50, +1.00 |" in text
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    # Not in fresh processes, which take long to start, and times alone.
+    monkeypatch.setattr(timing, "measure_apart", timing.measure)
+    monkeypatch.setattr(timing, "count", lambda row, args: None)
+    monkeypatch.setattr(timing, "TURN_SECONDS", 0)
     own = [row for row in rows.main_rows() if row.name in ("ConvNeXt", "local taps, parseval")]
     monkeypatch.setattr(speed, "main_rows", lambda: own)
     monkeypatch.setattr(speed, "pathfinder_rows", lambda: [])
@@ -262,10 +314,13 @@ def test_statistics_of_a_model_are_compared_branch_by_branch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16), "patch_size": 1, "img_size": 16}
+    options["branch_norm"] = "parseval"
     model = timm.create_model("mrconvnext_atto", **options)
     lines = norms.compare(model, torch.randn(64, 3, 16, 16))
     layers = [layer for layer in model.modules() if isinstance(layer, MRConv2d)]
-    assert [line["branch"] for line in lines] == [str(i + 1) for layer in layers for i in range(len(layer.branches))]
+    assert [line["branch"] for line in lines] == [
+        str(i + 1) for layer in layers for i in range(len(layer.branch_lengths))
+    ]
     assert all(0.8 < float(line["variance_10"]) <= float(line["variance_90"]) < 1.25 for line in lines)
     # Of images that are alike but for their brightness, the variance lies where no correlation shows it.
     patterns = torch.randn(3, 16, 16) * torch.linspace(-1, 1, 64)[:, None, None, None]
@@ -277,20 +332,8 @@ def test_statistics_of_a_model_are_compared_branch_by_branch(
     assert "best.safetensors" in capsys.readouterr().err
 
 
-DOCS = Path(__file__).parent.parent / "docs"
-
-
 def test_published_tables_are_those_of_the_published_results() -> None:
     published = DOCS / "results"
     lines, statistics = (report.read_lines(published / name) for name in ("results.csv", "norms.csv"))
     text = (DOCS / "results.md").read_text()
-    assert text.count("<!-- end -->") == 12
     assert report.with_tables(text, lines, report.read_speeds(published / "speed"), statistics) == text
-
-
-def test_rows_at_equal_time_take_as_long_as_convnext() -> None:
-    speeds = report.read_speeds(DOCS / "results" / "speed")
-    seconds = 60_000 / speeds[rows.main_rows()[0].spec, 16, 64, "training"]
-    for row in rows.equal_time_rows():
-        images = int(row.data.removeprefix("fashion-"))
-        assert 0.9 * seconds < images / speeds[row.spec, 16, 64, "training"] <= 1.03 * seconds, row.name

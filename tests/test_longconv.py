@@ -192,7 +192,9 @@ def test_energy_is_that_of_the_full_convolution(length: int, kernel_length: int)
     u, kernel = (x.requires_grad_() for x in signals(length, kernel_length - 1))
 
     def energy(u: Tensor, kernel: Tensor) -> Tensor:
-        return branch_energies(kernel.unsqueeze(0), autocorrelation(u.unsqueeze(-1), torch.zeros_like(u[0, :, 0]), 0))[0]
+        return branch_energies(kernel.unsqueeze(0), autocorrelation(u.unsqueeze(-1), torch.zeros_like(u[0, :, 0]), 0))[
+            0
+        ]
 
     margin = kernel.shape[-1]
     explicit = long_conv_reference(F.pad(u, (margin, margin)), kernel).square().sum((0, 2))

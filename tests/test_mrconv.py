@@ -9,8 +9,8 @@ from torch import Tensor
 from mrconvnext import MRConv1d, MRConv2d, long_conv_reference
 from mrconvnext.grid import to_image, to_sequence
 from mrconvnext.kernels import KERNELS
-from mrconvnext.mrconv import branch_lengths
 from mrconvnext.norms import NORMS
+from mrconvnext.options import branch_lengths
 
 LENGTHS = (1, 2, 7, 49, 129, 1134)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

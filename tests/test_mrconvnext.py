@@ -242,6 +242,7 @@ def convnext_with_large_kernels(**options) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("img_size", [224, 32, 64, 96])
 @pytest.mark.parametrize("branch_norm", NORMS)
 @torch.no_grad()

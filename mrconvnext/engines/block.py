@@ -1,6 +1,6 @@
 """ConvNeXt's block on a CPU: its pointwise layers a few images at a time, so that their features stay in the cache."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
@@ -43,7 +43,8 @@ class PieceBlock(ConvNeXtBlock):
 
 def use_piece_blocks(model: ConvNeXt) -> ConvNeXt:
     """Gives a ConvNeXt these blocks, in place, and returns it."""
-    for stage in model.stages:
+    stages: Any = model.stages
+    for stage in stages:
         for block in stage.blocks:
             block.__class__ = PieceBlock
     return model

@@ -61,5 +61,7 @@ def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
     """`longconv.autocorrelation`."""
     length = x.shape[2] * (x.shape[3] + guard)
     n = plain.fft_length(2 * length - 1)
-    pieces = x.split(piece_size(x, 1, n))
-    return plain.correlation_of(sum(plain.power(images, mean, guard, n) for images in pieces), length, n)
+    power = x.new_zeros((x.shape[1], n // 2 + 1), dtype=mean.dtype)
+    for images in x.split(piece_size(x, 1, n)):
+        power = power + plain.power(images, mean, guard, n)
+    return plain.correlation_of(power, length, n)

@@ -1,0 +1,1 @@
+"""What `benchmark_throughput.py` is made of: rows, models, timing and reports."""
