@@ -8,6 +8,7 @@ For timm's newest release, beside the contract tests: exits with 1 and names wha
 import importlib
 import inspect
 import sys
+from typing import Any
 
 import timm
 
@@ -52,7 +53,7 @@ def main() -> int:
         missing = [name for name in arguments if name not in parameters and not takes_any]
         if missing:
             problems.append(f"{path} no longer takes {', '.join(missing)}; it takes {', '.join(parameters)}")
-    model = timm.create_model("convnext_atto", device="meta")
+    model: Any = timm.create_model("convnext_atto", device="meta")
     objects = {"ConvNeXtBlock": model.stages[0].blocks[0], "ConvNeXt": model}
     for path, names in NAMES.items():
         missing = sorted(name for name in names if not hasattr(objects[path.rpartition(".")[2]], name))
