@@ -66,12 +66,12 @@ def options_of_file(file: Path, classifier: Optional[str] = None) -> dict[str, A
         raise ValueError(f"{file} is what a run needs to resume: take {file.with_name('best.safetensors')}")
     grid = weights.get("stages.0.blocks.0.conv_dw.grid")
     if grid is not None:
-        patch_size = weights["stem.0.weight"].shape[-1]
-        if patch_size in (3, 4):  # a stem of two 3×3 convolutions has stride 4 as well
-            patch_size = 4
-        else:
-            options["patch_size"] = patch_size
-        options["img_size"] = tuple(patch_size * side for side in grid.tolist()[:2])
+        stem = [x for name, x in weights.items() if name.startswith("stem.") and x.dim() == 4]
+        stride = 4 if len(stem) == 2 else stem[0].shape[-1]
+        if stride != 4:
+            options["patch_size"] = stride
+        # timm's first stage halves what a stem of stride 2 gives.
+        options["img_size"] = tuple((4 if stride == 2 else stride) * side for side in grid.tolist()[:2])
     return options
 
 

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from fvcore.nn.jit_handles import get_shape
 
 from .engines.plain import fft_length
+from .grid import move_kernel
 
 COMPLEX_PRODUCT = 3
 
@@ -74,8 +75,7 @@ def count_flops(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 22
         model: Any model of images (B, C, H, W), not compiled. It is left as it is.
         input_size: Size (C, H, W) of an image.
     """
-    # Without parameters that require gradients no autograd function stands between the tracer and the FFTs.
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval()
     device = next(model.parameters()).device
     one, two = (_count(model, torch.zeros(batch, *input_size, device=device)) for batch in (1, 2))
     return Flops(per_image=two - one, per_pass=2 * one - two)
@@ -87,8 +87,6 @@ def fft_flops(length: int) -> float:
 
 
 def _count(model: nn.Module, x: torch.Tensor) -> float:
-    with torch.no_grad():
-        model(x)  # tensors that depend on sizes alone are made now, and kept
     analysis = FlopCountAnalysis(model, x)
     analysis.set_op_handle(**{f"aten::{name}": None for name in UNCOUNTED})
     analysis.set_op_handle(
@@ -105,8 +103,10 @@ def _count(model: nn.Module, x: torch.Tensor) -> float:
 def _convolution(inputs: list[Any], outputs: list[Any]) -> float:
     batch, channels, height, width = get_shape(inputs[0])
     kernels, lags = get_shape(inputs[1])
-    length = height * (width + inputs[4].toIValue())
-    n = fft_length(length + min(lags // 2, length - 1))
+    row_stride, guard = inputs[3].toIValue(), inputs[4].toIValue()
+    length = height * (width + guard)
+    placed = move_kernel(torch.empty((1, lags), device="meta"), row_stride, width + guard, length - 1)
+    n = fft_length(length + placed.shape[-1] // 2)
     transforms = batch * channels + kernels + batch * kernels
     return transforms * fft_flops(n) + COMPLEX_PRODUCT * batch * kernels * (n // 2 + 1)
 

@@ -199,7 +199,7 @@ def _like_autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
 
 def _apply(operation: type[torch.autograd.Function], *args: Any) -> Any:
     """Calls an operation so that torch.func can transform it, but in graphs: there it is a node by its own name."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return operation.forward(*args)
     return operation.apply(*args)
 

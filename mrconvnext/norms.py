@@ -130,7 +130,7 @@ def batch_statistics(
 
     The update is in here, not a call of its own, since FX drops calls whose result nobody uses.
     """
-    if not weight.requires_grad:
+    if is_frozen(weight):
         return running_mean, running_var
     x = at_least_float32(x)
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
@@ -141,6 +141,14 @@ def batch_statistics(
     mean, variance = branch_statistics(x, kernels, centre, count, guard, sync)
     track_statistics(running_mean, running_var, mean, variance, count, momentum)
     return mean, variance
+
+
+def is_frozen(weight: Tensor) -> bool:
+    """Returns whether a parameter requires no gradients. Tensors in the place of one, as torch.func has, are free."""
+    if torch.jit.is_scripting():
+        return not weight.requires_grad
+    else:
+        return isinstance(weight, nn.Parameter) and not weight.requires_grad
 
 
 def branch_statistics(

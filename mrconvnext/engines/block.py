@@ -22,17 +22,23 @@ class PieceBlock(ConvNeXtBlock):
         x = x.contiguous(memory_format=torch.channels_last)
         y = self.conv_dw(x)
         size = max(1, PIECE_BYTES // (4 * x[0].numel() * x.element_size()))  # ConvNeXt's hidden features: 4 · C
-        pieces = [self._after_convolution(*own) for own in zip(y.split(size), x.split(size))]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        out = torch.empty_like(x)
+        for piece in zip(y.split(size), x.split(size), out.split(size)):
+            self._after_convolution(*piece)
+        return out
 
-    def _after_convolution(self, y: Tensor, shortcut: Tensor) -> Tensor:
+    def _after_convolution(self, y: Tensor, shortcut: Tensor, out: Tensor) -> None:
+        """Writes to ``out`` what the block makes of its convolution's output and of its input."""
         if self.use_conv_mlp:
             y = self.mlp(self.norm(y))
         else:
             y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         y, shortcut = self.drop_path(y), self.shortcut(shortcut)
         gamma: Optional[Tensor] = self.gamma
-        return shortcut + y if gamma is None else torch.addcmul(shortcut, y, gamma[:, None, None])
+        if gamma is None:
+            torch.add(shortcut, y, out=out)
+        else:
+            torch.addcmul(shortcut, y, gamma[:, None, None], out=out)
 
     def __prepare_scriptable__(self) -> ConvNeXtBlock:
         """Returns timm's block with these modules: the one that TorchScript compiles."""

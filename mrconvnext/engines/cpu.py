@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..grid import place_kernel
+from ..grid import place_kernel, to_image
 from . import plain
 
 # Of the padded sequences of a piece.
@@ -25,16 +25,21 @@ def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int,
     """`longconv.convolve`."""
     kernel = place_kernel(kernel, row_stride, x, guard)
     reach = kernel.shape[-1] // 2
-    n = plain.fft_length(x.shape[2] * (x.shape[3] + guard) + reach)
+    length = x.shape[2] * (x.shape[3] + guard)
+    n = plain.fft_length(length + reach)
     spectrum = plain.kernel_spectrum(x, kernel, n)
+    bias = spectrum.real.new_zeros(kernel.shape[0]) if bias is None else bias.to(spectrum.real.dtype)
     y = plain.empty_output(x, kernel.shape[0])
     size = piece_size(x, len(spectrum), n)
+    # Written to for every piece, but for the zeros between rows and behind them.
+    sequences = spectrum.real.new_zeros((min(size, x.shape[0]), x.shape[1], n))
+    pixels = to_image(sequences[..., :length], x.shape[2], guard)
     for images, out in zip(x.split(size), y.split(size)):
-        own = plain.convolve_spectrum(images, spectrum, reach, guard, n)
-        if bias is None:
-            out.copy_(own)
-        else:
-            torch.add(own, bias.to(own.dtype)[:, None, None], out=out)
+        pixels[: len(images)].copy_(images)
+        product = plain.rfft(sequences[: len(images)]).unsqueeze(1)
+        product = product.mul_(spectrum) if len(spectrum) == 1 else product * spectrum
+        own = plain.irfft(product.flatten(1, 2), n)[..., reach : reach + length]
+        torch.add(to_image(own, x.shape[2], guard), bias[:, None, None], out=out)
     return y
 
 

@@ -96,8 +96,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 def empty_output(x: Tensor, channels: int) -> Tensor:
     """Returns empty images with as many channels that have the size, dtype and order of ``x``."""
-    y = x.new_empty((x.shape[0], channels, x.shape[2], x.shape[3]))
-    return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
+    order = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
 def convolve_backward(
