@@ -15,11 +15,12 @@ SOURCES := mrconvnext training benchmarking experiments scripts train_imagenet.p
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --output demo-output
 
+# Two processes of one thread each: of more, the threads wait for each other.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 timm: .venv/installed
 	$(BIN)/python scripts/timm_tests.py $(MODELS)

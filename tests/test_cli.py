@@ -142,6 +142,7 @@ print(__name__, beside.value, sys.argv[1:], len(timm.list_models("mrconvnext_*")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]], ids=["python", "torchrun"]
 )
@@ -162,6 +163,7 @@ def test_scripts_know_the_models(command: list[str], tmp_path: Path) -> None:
     assert lines == ["__main__ found ['--model', 'x'] 8"] * (2 if "2" in command else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["nothing.py"]], ids=["none", "missing"])
 def test_the_launcher_names_a_missing_script(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "mrconvnext.timm_script", *arguments]

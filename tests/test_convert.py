@@ -15,10 +15,21 @@ from timm.models.convnext import default_cfgs
 from torch import Tensor, nn
 
 import mrconvnext
+from mrconvnext.convert import options_of_file
 
 CONVNEXT = {name: value for name, value in SMALL.items() if name != "img_size"}
 SIZES = [(64, 64), (97, 45), (160, 224)]
-TAGS = [name for name in timm.list_models("mrconvnext*", pretrained=True)]
+TAGS = timm.list_models("mrconvnext*", pretrained=True)
+LARGE = re.compile(r"_(small|base|large|huge)\.")
+
+
+def distinct_tags() -> list:
+    """Returns one of the tags whose checkpoints have the same names and shapes."""
+    kinds = {}
+    for name in TAGS:
+        cfg = timm.get_pretrained_cfg(name)
+        kinds.setdefault((cfg.architecture, cfg.num_classes, name.endswith("fcmae")), name)
+    return [pytest.param(name, marks=pytest.mark.slow if LARGE.search(name) else ()) for name in kinds.values()]
 
 
 def source_of(name: str) -> str:
@@ -71,7 +82,8 @@ def test_tags_are_those_of_timm() -> None:
             assert source_of(f"mr{name}") == f"{name}.{cfgs.tags[0]}"
 
 
-@pytest.mark.parametrize("name", TAGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", distinct_tags())
 def test_every_tag_fits(name: str) -> None:
     weights = timm.create_model(source_of(name), device="meta").state_dict()
     if name.endswith("fcmae"):  # there the masked autoencoder's file has no head
@@ -220,13 +232,17 @@ def test_two_steps_open_the_branches(atto: nn.Module) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert all(moved("alpha"))
-        assert set(moved("branches.")) == {expected}
+        assert set(moved("kernels.")) == {expected}
 
 
 # A model in memory
 
 
-@pytest.mark.parametrize("options", [{}, {"branch_norm": "parseval", "img_size": 64, "kernel": "fourier"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"branch_norm": "parseval", "img_size": 64, "kernel": "fourier"}, {"branch_norm": "batch", "max_branches": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "model_options",
     [{}, {"kernel_sizes": (3, 5, 7, 9)}, {"conv_bias": False, "act_layer": "relu", "norm_eps": 1e-3}, {"in_chans": 1}],
@@ -260,22 +276,22 @@ def with_other_convolution(**options) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "model",
+    "make",
     [
-        nn.Linear(1, 1),
-        "text",
-        timm.create_model("convnext_atto", features_only=True, **CONVNEXT),
-        timm.create_model("mrconvnext_atto", **SMALL),
-        timm.create_model("convnext_atto", **{**CONVNEXT, "kernel_sizes": 4}),
-        with_other_convolution(padding_mode="circular"),
-        with_other_convolution(kernel_size=5, padding=2),
-        with_other_convolution(groups=8),
+        lambda: nn.Linear(1, 1),
+        lambda: "text",
+        lambda: timm.create_model("convnext_atto", features_only=True, **CONVNEXT),
+        lambda: timm.create_model("mrconvnext_atto", **SMALL),
+        lambda: timm.create_model("convnext_atto", **{**CONVNEXT, "kernel_sizes": 4}),
+        lambda: with_other_convolution(padding_mode="circular"),
+        lambda: with_other_convolution(kernel_size=5, padding=2),
+        lambda: with_other_convolution(groups=8),
     ],
     ids=["linear", "text", "features", "ours", "even", "circular", "mixed", "grouped"],
 )
-def test_from_anything_else_is_a_type_error(model) -> None:
+def test_from_anything_else_is_a_type_error(make) -> None:
     with pytest.raises(TypeError, match="ConvNeXt"):
-        mrconvnext.from_convnext(model)
+        mrconvnext.from_convnext(make())
 
 
 def test_from_convnext_names_bad_options() -> None:
@@ -311,6 +327,39 @@ def test_weights_of_another_model(weights, words: list[str], num_classes: int, i
     with pytest.raises(RuntimeError) as error:
         timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+@torch.no_grad()
+def test_what_a_file_of_ours_says_of_its_model(patch_size: int, tmp_path: Path) -> None:
+    """With stems of every stride: the model that the file's own options make takes its weights."""
+    options = {**SMALL, "img_size": (16 * patch_size, 24 * patch_size), "patch_size": patch_size}
+    theirs = randomize(timm.create_model("mrconvnext_atto", **options)).eval()
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    found = options_of_file(file=tmp_path / "weights.safetensors")
+    overlay = dict(file=str(tmp_path / "weights.safetensors"), num_classes=found["num_classes"])
+    given = {"depths": SMALL["depths"], "dims": SMALL["dims"], **found}
+    ours = timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **given).eval()
+    x = torch.randn(2, 3, *options["img_size"])
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_what_a_file_with_a_stem_of_two_convolutions_says(tmp_path: Path) -> None:
+    model = timm.create_model("mrconvnext_atto", **SMALL, stem_type="overlap")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert options_of_file(file=tmp_path / "weights.pth") == {"num_classes": 10, "img_size": (64, 64)}
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_lags_that_are_no_lags_are_refused_from_a_file(deployed: bool, tmp_path: Path) -> None:
+    weights = timm.create_model("mrconvnext_atto", **SMALL).state_dict()
+    weights["stages.1.blocks.0.conv_dw.kernels.lags"][0] = 10**6
+    save_file(weights, tmp_path / "weights.safetensors")
+    overlay = dict(file=str(tmp_path / "weights.safetensors"), num_classes=10)
+    with pytest.raises(RuntimeError, match=r"stages\.1\.blocks\.0\.conv_dw\.kernels\.lags must be different"):
+        timm.create_model(
+            "mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, inference_mode=deployed, **SMALL
+        )
 
 
 def test_part_of_our_own_weights_is_refused() -> None:

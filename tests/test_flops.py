@@ -6,15 +6,16 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import SMALL, layers_of, small_model
+from fvcore.nn import FlopCountAnalysis
+from helpers import SMALL, each_engine, each_form, layers_of, model_in, small_model
 from timm.utils import reparameterize_model
 from torch import nn
 
 import mrconvnext
+from mrconvnext.engines.plain import fft_length
 from mrconvnext.flops import Flops, count_flops
-from mrconvnext.longconv import fft_length
 
-SIDE, CHANNELS, GUARD = 10, 6, 3
+SIDE, CHANNELS = 10, 6
 
 
 def fft(length: int) -> float:
@@ -27,32 +28,47 @@ def product(length: int) -> float:
     return (length // 2 + 1) * 6 / 2
 
 
-def layer_count(layer: mrconvnext.MRConv2d, height: int, width: int) -> Flops:
-    """Returns the multiply-adds of a layer with Fourier and sparse kernels in both directions, by hand."""
-    n = fft_length(2 * height * (width + layer.guard) - 1)
-    convolution = fft(n) + product(n) + fft(n)
+def layer_count(layer: mrconvnext.MRConv2d, height: int, width: int, reach: int | None = None) -> Flops:
+    """Returns the multiply-adds of a layer with Fourier and sparse kernels in both directions, by hand.
+
+    Args:
+        layer: The layer.
+        height: Height of the images.
+        width: Width of the images.
+        reach: Largest lag of the kernel for them. Default: that of their two most distant pixels.
+    """
+    length = height * (width + layer.guard)
+    n = fft_length(length + (length - 1 if reach is None else reach))
+    image, pixels = fft(n) + product(n) + fft(n), height * width
     if layer.kernel is not None:
-        return Flops(layer.channels * convolution, layer.channels * fft(n))
-    branches = len(layer.branch_lengths)
-    # The taps and every branch are kernels that are transformed; a branch is made of two kernels, each from its modes.
-    kernels = (branches + 1) * fft(n) + sum(2 * fft(length) for length in layer.branch_lengths)
-    if layer.norm is not None:
-        # One convolution with the merged kernel, which is transformed instead of the branches.
-        return Flops(layer.channels * convolution, layer.channels * (kernels - branches * fft(n)))
-    outputs = (branches + 1) * (product(n) + fft(n)) + branches * 2 * height * width  # a BatchNorm counts 2 a value
-    return Flops(layer.channels * (fft(n) + outputs), layer.channels * kernels)
+        return Flops(layer.channels * image, layer.channels * fft(n))
+    branches, lags = len(layer.branch_lengths), 2 * layer.branch_lengths[-1] - 1
+    # Each lag of a branch is a sum over the real and imaginary parts of 16 modes for both directions.
+    kernels = branches * 2 * 16 * 2 * lags
+    if layer.options.branch_norm == "batch":
+        taps = layer.kernel_size**2 * pixels
+        outputs = branches * (product(n) + fft(n) + 2 * pixels)  # fvcore counts 2 a value for a BatchNorm
+        return Flops(layer.channels * (fft(n) + outputs + taps), layer.channels * (kernels + branches * fft(n)))
+    # The branches are added, each times a gain, and the sum is transformed.
+    return Flops(layer.channels * image, layer.channels * (kernels + branches * lags + fft(n)))
 
 
 def assert_same(actual: Flops, expected: Flops) -> None:
     assert actual == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("branch_norm", ["batch", "parseval"])
-def test_layer_counts_what_a_hand_counts(branch_norm: str) -> None:
+@each_engine
+@pytest.mark.parametrize("branch_norm", ["kernel", "parseval", "batch"])
+def test_layer_counts_what_a_hand_counts(branch_norm: str, engine: str) -> None:
     layer = mrconvnext.MRConv2d(CHANNELS, SIDE, branch_norm=branch_norm)
-    for _ in range(2):
-        assert_same(count_flops(layer, (CHANNELS, SIDE, SIDE)), layer_count(layer, SIDE, SIDE))
-        layer.reparameterize()
+    with mrconvnext.engine(engine):
+        for _ in range(2):
+            assert_same(count_flops(layer, (CHANNELS, SIDE, SIDE)), layer_count(layer, SIDE, SIDE))
+            # The kernels are made for rows of 13 positions, 10 up and down. 20 columns are 23, 5 are 8.
+            for height, width, reach in ((7, 20, 7 * 23 - 1), (20, 5, 10 * 8 + 4)):
+                found = count_flops(layer, (CHANNELS, height, width)).per_image
+                assert found == pytest.approx(layer_count(layer, height, width, reach).per_image, rel=1e-9)
+            layer.reparameterize()
 
 
 def test_deployed_layer_in_numbers() -> None:
@@ -62,13 +78,10 @@ def test_deployed_layer_in_numbers() -> None:
     assert_same(count_flops(layer, (1, SIDE, SIDE)), Flops(2 * transform + 145 * 3, transform))
 
 
-@pytest.mark.parametrize("deployed", [False, True])
-@pytest.mark.parametrize("branch_norm", ["batch", "parseval"])
+@each_form
 def test_model_is_fvcores_convnext_with_the_depthwise_convolutions_replaced(branch_norm: str, deployed: bool) -> None:
     size = 64
-    model = small_model(branch_norm=branch_norm)
-    if deployed:
-        model.reparameterize()
+    model = model_in(branch_norm, deployed)
     layers = [
         layer_count(layer, size // info["reduction"], size // info["reduction"])
         for stage, info in zip(model.stages, model.feature_info)
@@ -82,8 +95,6 @@ def test_model_is_fvcores_convnext_with_the_depthwise_convolutions_replaced(bran
 
 def fvcore_count_without_depthwise(size: int) -> float:
     """Returns what fvcore, with nothing added, counts for the ConvNeXt of the same shape but for its conv_dw."""
-    from fvcore.nn import FlopCountAnalysis
-
     convnext = timm.create_model("convnext_atto", **{k: v for k, v in SMALL.items() if k != "img_size"}).eval()
     analysis = FlopCountAnalysis(convnext, torch.zeros(1, 3, size, size))
     counts = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
@@ -115,7 +126,7 @@ def test_counting_says_nothing_and_leaves_the_model_alone(caplog: pytest.LogCapt
     model = small_model().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
-        for form in (model, reparameterize_model(model), small_model(branch_norm="parseval")):
+        for form in (model, reparameterize_model(model), model_in("parseval"), model_in("batch")):
             count_flops(form, (3, 64, 64))
     assert not caplog.messages
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
@@ -128,6 +139,7 @@ def test_operators_without_a_count_are_named(caplog: pytest.LogCaptureFixture) -
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_package_imports_without_fvcore() -> None:
     code = "import sys, mrconvnext; sys.exit('fvcore' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0

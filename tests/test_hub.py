@@ -54,6 +54,7 @@ def snippet(card: str) -> nn.Module:
     [
         {},
         {"branch_norm": "parseval", "kernel": "dilated", "bidirectional": False, "img_size": (64, 96)},
+        {"branch_norm": "batch", "kernel": "sparse", "patch_size": 2, "img_size": 32},
         {"in_chans": 1, "min_lengths": (28, 16, 8, 2), "max_branches": 3, "modes": 4, "taps": 5},
         {"kernel_sizes": (3, 5, 7, 0), "output_stride": 16, "global_pool": "max", "num_classes": 0},
         {"name": "mrconvnextv2_tiny", "head_norm_first": True, "act_layer": "relu"},
@@ -190,6 +191,7 @@ def test_revisions_and_private_repositories(hub: Hub, token: str, monkeypatch: p
         timm.create_model(f"hf-hub:{REPO}", pretrained=True, cache_dir=Path(HOME.name, "elsewhere"))
 
 
+@pytest.mark.slow
 def test_cache_dir_and_offline(hub: Hub, tmp_path: Path) -> None:
     model = small_model()
     mrconvnext.save(model, tmp_path / "saved")
@@ -308,6 +310,42 @@ def test_what_can_not_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="limit=1e-12"):
         mrconvnext.save(small_model(), tmp_path, fused=True, limit=1e-12)
     assert list(tmp_path.iterdir()) == []
+
+
+def other_classes(model: nn.Module) -> None:
+    model.head.fc = nn.Linear(in_features=model.head.fc.in_features, out_features=7)
+
+
+def no_classes(model: nn.Module) -> None:
+    model.head.fc = nn.Identity()
+
+
+def several_layers(model: nn.Module) -> None:
+    model.head.fc = nn.Sequential(nn.Dropout(), nn.Linear(in_features=model.head.fc.in_features, out_features=10))
+
+
+def no_head(model: nn.Module) -> None:
+    model.head = nn.Identity()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", [other_classes, no_classes, several_layers, no_head])
+def test_a_head_that_was_replaced(change, fused: bool, tmp_path: Path, hub: Hub) -> None:
+    """timm can't make it again: the error says what can be done instead, and that works."""
+    model = small_model()
+    change(model)
+    for write in (mrconvnext.save, mrconvnext.push_to_hub):
+        with pytest.raises(ValueError, match=r"(?s)head was replaced.*model\.reset_classifier\(num_classes\)"):
+            write(model, "someone/else" if write is mrconvnext.push_to_hub else tmp_path / "saved", fused=fused)
+    assert not (tmp_path / "saved").exists() and not hub.repositories
+
+
+@pytest.mark.parametrize("num_classes", [7, 0])
+def test_a_classifier_that_was_reset(num_classes: int, tmp_path: Path) -> None:
+    model = small_model()
+    model.reset_classifier(num_classes=num_classes)
+    mrconvnext.save(model, tmp_path)
+    assert_same(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model)
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_bad_arguments_are_named(function) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("guard", [0, 3])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES[:-1], pytest.param(SIZES[-1], marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_pieces")
 def test_images(
     size: tuple[int, int], guard: int, branches: int, dtype: torch.dtype, memory_format: torch.memory_format

@@ -13,6 +13,7 @@ from mrconvnext.kernels import KERNELS
 from mrconvnext.norms import NORMS
 
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+SLOW = pytest.mark.slow
 NAMES = [f"mrconvnext_{size}" for size in SIZES] + [f"mrconvnextv2_{size}" for size in (*SIZES, "huge")]
 
 
@@ -25,7 +26,7 @@ def test_every_size_is_registered() -> None:
         assert timm.get_pretrained_cfg(name).classifier == "head.fc"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=SLOW) for name in NAMES[1:])])
 def test_is_timms_convnext_of_that_name_but_for_the_layers(name: str) -> None:
     ours = timm.create_model(name, device="meta")
     theirs = timm.create_model(name.removeprefix("mr"), device="meta")
@@ -146,7 +147,7 @@ def layer_outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor], li
     return y, inputs, outputs
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("output_stride", [pytest.param(8, marks=SLOW), pytest.param(16, marks=SLOW), 32])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("branch_norm", NORMS)
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -273,7 +274,7 @@ def test_equals_convnext_with_alpha_zero(branch_norm: str, img_size: int) -> Non
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 64), (40, 300), (225, 95), (160, 32)])
 @pytest.mark.parametrize("branch_norm", NORMS)
-@pytest.mark.parametrize("img_size", [64, (96, 160)])
+@pytest.mark.parametrize("img_size", [64, pytest.param((96, 160), marks=SLOW)])
 def test_any_size(img_size, branch_norm: str, size: tuple[int, int]) -> None:
     model = small_model(branch_norm=branch_norm, img_size=img_size).train()
     # A BatchNorm needs two values a channel, which the last stage of a 32-pixel image has at batch 2.

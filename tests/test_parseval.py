@@ -95,6 +95,7 @@ def test_float32_equals_explicit_float64(mean: float, tolerance: float, kernel: 
 
 @pytest.mark.parametrize("mean", [0, 3])
 @pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(4, 4), (9, 5), (32, 32), (1, 1), (2, 2)])
 def test_statistics_are_those_of_batch_norm(size: tuple[int, int], smooth: bool, mean: float) -> None:
     """But for chance, on images that are alike all over: zeros around them and guard columns included."""

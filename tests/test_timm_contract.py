@@ -46,6 +46,7 @@ def test_script(branch_norm: str, deployed: bool, exportable: bool) -> None:
         assert_agree(loaded(x), model(x))
 
 
+@pytest.mark.slow
 @each_form
 @pytest.mark.parametrize("gradients", [False, True])
 def test_trace(branch_norm: str, deployed: bool, gradients: bool) -> None:
