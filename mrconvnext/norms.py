@@ -145,10 +145,10 @@ def batch_statistics(
 
 def is_frozen(weight: Tensor) -> bool:
     """Returns whether a parameter requires no gradients. Tensors in the place of one, as torch.func has, are free."""
-    if torch.jit.is_scripting():
-        return not weight.requires_grad
-    else:
-        return isinstance(weight, nn.Parameter) and not weight.requires_grad
+    if not torch.jit.is_scripting():
+        if not isinstance(weight, nn.Parameter):
+            return False
+    return not weight.requires_grad
 
 
 def branch_statistics(

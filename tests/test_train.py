@@ -131,7 +131,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_the_documented_trial_learns_digits(tmp_path: Path) -> None:
     text = (SCRIPT.parent / "docs" / "training.md").read_text()
-    words = shlex.split(re.search(r"^python (train_imagenet.py --dataset digits (?:.*\\\n)*.*)$", text, re.M)[1])
+    lines = re.search(r"^python (train_imagenet.py --dataset digits (?:.*\\\n)*.*)$", text, re.M)[1]
+    words = shlex.split(lines.replace("\\\n", " "))
     command([sys.executable, str(SCRIPT), *words[1:], "--device", "cpu"], tmp_path)
     assert best_row(tmp_path / "digits-run")["top1"] >= 98
 
