@@ -6,12 +6,14 @@ Rows are laid out one after the other, each followed by ``guard`` columns of zer
 (rows, stride), its rows ``stride`` lags long and centred on column 0.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .constants import constant, shape_of
-from .kernels import product
+from .precision import at_least_float32, product, without_autocast
 
 
 def to_sequence(x: Tensor, guard: int) -> Tensor:
@@ -111,6 +113,18 @@ def add_local_taps(kernel: Tensor, weight: Tensor, dilation: int, row_stride: in
     else:
         positions = _local_positions(kernel_size, dilation, row_stride, reach, kernel.device)
     return kernel.index_add(1, positions, weight.flatten(1).to(kernel.dtype))
+
+
+@torch.fx.wrap
+def convolve_locally(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+    """Returns the depthwise convolution of images with k×k taps (C, 1, k, k), zero-padded, at least in float32."""
+    x, weight = at_least_float32(x), at_least_float32(weight)
+    bias = None if bias is None else at_least_float32(bias)
+    padding = dilation * (weight.shape[3] // 2)
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+    with without_autocast(x):
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
 # What the pixels of an image make of a kernel

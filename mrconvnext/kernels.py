@@ -10,7 +10,6 @@ length start with outputs of about the same scale. The paper does not state the 
 nor how the parameters start; what stands here is our choice.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -19,20 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .constants import constant
-
-
-@torch.fx.wrap
-def at_least_float32(x: Tensor) -> Tensor:
-    """Returns ``x`` in float32, or unchanged if it is float64: the precision that kernels and FFTs are computed in."""
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Returns a context in which products of tensors like ``x`` are taken in their own precision."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+from .precision import at_least_float32, product
 
 
 def fourier_basis(lengths: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,53 +95,6 @@ def _scaled(values: Tensor, scale: Optional[Tensor]) -> Tensor:
 def _combined(values: Tensor, basis: Tensor) -> Tensor:
     """Returns Σ_p values (N, C, D, P) · basis (N, D · P, 2·L − 1), in full precision under autocast as well."""
     return product(values.flatten(2), basis)
-
-
-class _Product(torch.autograd.Function):
-    """``torch.bmm`` in the precision of its arguments, in the backward pass as well, whatever autocast says there."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        with without_autocast(a):
-            return torch.bmm(a, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        a, b = ctx.saved_tensors
-        for_a, for_b = ctx.needs_input_grad
-        return product(grad, b.mT) if for_a else None, product(a.mT, grad) if for_b else None
-
-
-class _ForwardProduct(_Product):
-    """The same, with tangents, which Dynamo knows of no function that has its own."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, on_a: Optional[Tensor], on_b: Optional[Tensor]) -> Tensor:
-        a, b = ctx.saved_tensors
-        by_a = product(torch.zeros_like(a) if on_a is None else on_a, b)
-        return by_a if on_b is None else by_a + product(a, on_b)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the products of matrices (n, i, j) and (n, j, k), computed in their own precision under autocast too."""
-    if torch.jit.is_scripting():
-        return torch.bmm(a, b)
-    if torch.jit.is_tracing():  # which can't be saved with a function of Python's
-        with without_autocast(a):
-            return torch.bmm(a, b)
-    else:
-        return (_Product if torch.compiler.is_compiling() else _ForwardProduct).apply(a, b)
 
 
 @torch.fx.wrap
@@ -284,6 +223,13 @@ class SparseKernels(nn.Module):
     def lags(self) -> Tensor:
         """The distances (N, C, D, taps) from lag 0, in each direction."""
         return (self.positions - (self.lengths[-1] - 1)).abs().unflatten(2, (self.directions, -1))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lags":  # as libraries do that assign the entries of a state dict by name
+            check_lags(self, {"lags": value}, "")
+            self._place(value.detach().to(self.positions.device))
+        else:
+            super().__setattr__(name, value)
 
     def _place(self, lags: Tensor) -> None:
         """Takes lags (N, C, D, taps) for its own: as positions in the two-sided kernels, (N, C, D · taps)."""

@@ -25,6 +25,14 @@ def is_in_onnx_export() -> bool:
 
 
 @torch.fx.wrap
+def check_not_onnx() -> None:
+    """Raises if an ONNX exporter runs this call, of the training form."""
+    if not torch.jit.is_scripting():
+        if is_in_onnx_export():
+            raise RuntimeError("the training form can't be exported to ONNX: reparameterize the model before")
+
+
+@torch.fx.wrap
 def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """Returns images convolved with a long kernel: y[t] = Σ_s kernel[t − s] · u[s] + bias over all pixels t and s.
 

@@ -10,22 +10,22 @@ import itertools
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grid import add_local_taps
-from .kernels import at_least_float32, create_kernels, without_autocast
-from .longconv import convolve, convolve_real, is_in_onnx_export
+from .grid import add_local_taps, convolve_locally
+from .kernels import create_kernels
+from .longconv import check_not_onnx, convolve, convolve_real
 from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
 from .options import BranchOptions, branch_lengths, check_positive
-from .state import reparameterize_after_load, take_form, write_reference
+from .precision import at_least_float32
+from .state import check_entry, entries, reparameterize_after_load, take_form, write_reference
 
 # Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
 _seeds = itertools.count(2**31)
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
 for _name in (
-    *("add_local_taps", "at_least_float32", "convolve", "convolve_real"),
+    *("add_local_taps", "at_least_float32", "check_not_onnx", "convolve", "convolve_locally", "convolve_real"),
     *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
 ):
     torch.fx.wrap(_name)
@@ -43,26 +43,6 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
     if min(x.shape[2], x.shape[dims - 1]) < 1:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
-
-
-@torch.fx.wrap
-def check_not_onnx() -> None:
-    """Raises if an ONNX exporter runs this call, of the training form."""
-    if not torch.jit.is_scripting():
-        if is_in_onnx_export():
-            raise RuntimeError("the training form can't be exported to ONNX: reparameterize the model before")
-
-
-@torch.fx.wrap
-def convolve_locally(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
-    """Returns the depthwise convolution of images with k×k taps (C, 1, k, k), zero-padded, at least in float32."""
-    x, weight = at_least_float32(x), at_least_float32(weight)
-    bias = None if bias is None else at_least_float32(bias)
-    padding = dilation * (weight.shape[3] // 2)
-    if torch.jit.is_scripting():
-        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
-    with without_autocast(x):
-        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
 class LongConvolution(nn.Module):
@@ -130,6 +110,31 @@ class LongConvolution(nn.Module):
         self.register_load_state_dict_post_hook(reparameterize_after_load)
         if inference_mode:
             self.reparameterize()
+
+    # What stands in the state dict beside weights, for those who read and assign its entries by name
+
+    __jit_unused_properties__ = ["format", "grid", "lengths"]
+
+    @property
+    def format(self) -> Tensor:
+        """The format's number, and 1 if the layer is deployed."""
+        return torch.tensor(entries(self)["format"])
+
+    @property
+    def grid(self) -> Tensor:
+        """Height and width of the reference grid, and the guard."""
+        return torch.tensor(entries(self)["grid"])
+
+    @property
+    def lengths(self) -> Tensor:
+        """The lengths of the branches."""
+        return torch.tensor(self.branch_lengths)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("format", "grid", "lengths"):
+            check_entry(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # The two forms
 

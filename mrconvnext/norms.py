@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .compat import is_in_backward_pass
 from .constants import constant
 from .grid import pair_weights, place_kernel, responses_to_ones
-from .kernels import at_least_float32, product
 from .longconv import autocorrelation, branch_energies
+from .precision import at_least_float32, product
 
 torch.fx.wrap("place_kernel")
 

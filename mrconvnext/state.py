@@ -14,11 +14,34 @@ FORMAT = 2
 
 
 def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Writes what the weights were made for: the format, the grid [height, width, guard], the branches' lengths."""
-    state_dict[prefix + "format"] = torch.tensor(FORMAT)
-    state_dict[prefix + "grid"] = torch.tensor([*layer.reference_grid, layer.guard])
-    if layer.kernel is None:
-        state_dict[prefix + "lengths"] = torch.tensor(layer.branch_lengths)
+    """Writes what the weights were made for; see `entries`."""
+    state_dict.update({prefix + name: torch.tensor(value) for name, value in entries(layer).items()})
+
+
+def entries(layer: Any) -> dict[str, list[int]]:
+    """Returns what stands in a layer's state dict beside its weights.
+
+    ``format``: the format's number, and 1 if the layer is deployed; ``grid``: height, width, guard; in training form
+    ``lengths``: those of the branches.
+    """
+    deployed = layer.kernel is not None
+    own = {"format": [FORMAT, int(deployed)], "grid": [*layer.reference_grid, layer.guard]}
+    return own if deployed else {**own, "lengths": layer.branch_lengths}
+
+
+def check_entry(layer: Any, name: str, given: torch.Tensor) -> None:
+    """Raises a RuntimeError if what somebody assigns by name, without this package's loading, is not the layer's own.
+
+    So load libraries that go through ``getattr`` and ``setattr``, which can't change a layer's form.
+    """
+    own = entries(layer).get(name)
+    if name == "format" and not given.is_meta and given.tolist() != own:
+        raise RuntimeError(
+            f"the weights are of format [number, deployed] {given.tolist()}, the layer of {own}: weights of a deployed "
+            "(fused, reparameterized) model go into one made with inference_mode=True, others into the training form"
+        )
+    if own is not None and not given.is_meta and given.tolist() != own:
+        raise RuntimeError(f"{name} is {given.tolist()} in the weights and {own} in the layer")
 
 
 def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
@@ -93,10 +116,10 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
             f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't "
             "read in training form. Deploy them with that version (model.reparameterize()): deployed weights load."
         )
-    own = {"format": FORMAT, "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
+    own = {"format": [FORMAT], "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
     for name, value in own.items():
         given = state_dict.get(prefix + name)
-        if given is not None and not given.is_meta and given.tolist() != value:
+        if given is not None and not given.is_meta and _differs(name, given, value):
             raise RuntimeError(
                 f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
                 "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
@@ -112,6 +135,10 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
             raise RuntimeError(
                 f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer"
             )
+
+
+def _differs(name: str, given: torch.Tensor, value: list[int]) -> bool:
+    return given.flatten().tolist()[:1] != value if name == "format" else given.tolist() != value  # whatever the form
 
 
 def reparameterize_after_load(layer: Any, incompatible_keys: Any) -> None:

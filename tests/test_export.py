@@ -176,10 +176,10 @@ def messages(error: BaseException | None) -> str:
     return "" if error is None else f"{error} {messages(error.__cause__ or error.__context__)}"
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 @each_norm
 def test_the_training_form_is_refused(branch_norm: str, dynamo: bool, tmp_path: Path) -> None:
-    model = model_in(branch_norm, exportable=True)
+    model = model_in(branch_norm, exportable=True, **TINY)
     with pytest.raises(RuntimeError) as error:
         export(model, tmp_path / "model.onnx", dynamo)
     assert "reparameterize the model" in messages(error.value)

@@ -33,7 +33,11 @@ def saved(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 @pytest.mark.parametrize(
-    ("branch_norm", "deployed", "exportable"), [*((*form, False) for form in FORMS), ("kernel", True, True)]
+    ("branch_norm", "deployed", "exportable"),
+    [
+        pytest.param(*form, marks=() if form[1] else pytest.mark.slow)
+        for form in [*((*form, False) for form in FORMS), ("kernel", True, True)]
+    ],
 )
 @torch.no_grad()
 def test_script(branch_norm: str, deployed: bool, exportable: bool) -> None:

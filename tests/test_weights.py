@@ -168,7 +168,7 @@ WRITES = [
 @each_engine
 @each_form
 def test_the_next_pass_sees_every_write(branch_norm: str, deployed: bool, engine: str) -> None:
-    model, x = model_in(branch_norm, deployed), images(32, 32)
+    model, pristine, x = model_in(branch_norm, deployed), model_in(branch_norm, deployed), images(32, 32)
     with mrconvnext.engine(engine):
         for train in (False, True):
             model.train(train)
@@ -176,7 +176,7 @@ def test_the_next_pass_sees_every_write(branch_norm: str, deployed: bool, engine
                 with torch.no_grad():
                     before = model(x)
                     write(model)
-                    fresh = model_in(branch_norm, deployed).train(train)
+                    fresh = copy.deepcopy(pristine).train(train)
                     fresh.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
                     after = model(x)
                     assert torch.equal(after, fresh(x)), write.__name__

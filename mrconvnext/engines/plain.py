@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..grid import move_back, place_kernel, to_image, to_sequence
-from ..kernels import at_least_float32
+from ..precision import at_least_float32
 
 
 def fft_length(length: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..constants import constant, shape_of
 from ..grid import move_kernel
-from ..kernels import at_least_float32, without_autocast
+from ..precision import at_least_float32, without_autocast
 
 
 def row_matrix(height: int, first: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
