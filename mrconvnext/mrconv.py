@@ -117,7 +117,7 @@ class LongConvolution(nn.Module):
 
     @property
     def format(self) -> Tensor:
-        """The format's number, and 1 if the layer is deployed."""
+        """See `state.entries`."""
         return torch.tensor(entries(self)["format"])
 
     @property
@@ -214,8 +214,6 @@ class LongConvolution(nn.Module):
         if self.kernel is None:
             self.build_deployed(*self.merged_kernel())
 
-    # Forward
-
     def _convolve(self, x: Tensor) -> Tensor:
         """Returns the layer's output for images (B, C, H, W)."""
         if self.kernel is not None:
@@ -228,8 +226,11 @@ class LongConvolution(nn.Module):
             gain, shift = self.norm(x, kernels, self.row_stride, self.guard)
             kernel, bias = self._merge(kernels, gain, shift)
             return convolve(x, kernel, bias, self.row_stride, self.guard)
-        c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))
-        return self._add_branches(x, c)
+        c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))  # (B, N · C, H, W)
+        y = weigh_branches(c, self.alpha)
+        if self.weight is not None:
+            y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
+        return y.to(x.dtype)
 
     def _merge(self, kernels: Tensor, gain: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the kernel (C, 2·L − 1) and bias (C), if any, that branches, α and local taps add up to.
@@ -244,13 +245,6 @@ class LongConvolution(nn.Module):
         if self.weight is not None:
             kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
         return kernel, merge_shifts(alpha, shift, self.bias)
-
-    def _add_branches(self, x: Tensor, c: Tensor) -> Tensor:
-        """Returns the sum of normalised branches ``c`` (B, N · C, H, W), α and what the local taps make of ``x``."""
-        y = weigh_branches(c, self.alpha)
-        if self.weight is not None:
-            y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
-        return y.to(x.dtype)
 
 
 class MRConv2d(LongConvolution):
