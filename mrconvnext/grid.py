@@ -120,7 +120,7 @@ def convolve_locally(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation
     """Returns the depthwise convolution of images with k×k taps (C, 1, k, k), zero-padded, at least in float32."""
     x, weight = at_least_float32(x), at_least_float32(weight)
     bias = None if bias is None else at_least_float32(bias)
-    padding = dilation * (weight.shape[3] // 2)
+    padding = dilation * (shape_of(weight)[3] // 2)
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
     with without_autocast(x):
