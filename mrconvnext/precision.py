@@ -16,7 +16,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Returns a context in which products of tensors like ``x`` are taken in their own precision."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Dynamo of torch 2.9 can't ask which devices have an autocast; all that it compiles for do.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
