@@ -42,6 +42,7 @@ def test_a_convnexts_file_becomes_a_model(tmp_path: Path, capsys: pytest.Capture
     assert "training form written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_convnext_of_the_hub_becomes_a_model(hub: Hub, tmp_path: Path) -> None:
     convnext = randomize(timm.create_model("convnext_atto"))
     hub.add("timm/convnext_atto.d2_in1k", {"model.safetensors": as_safetensors(convnext.state_dict())})

@@ -204,11 +204,13 @@ def atto(hub: Hub) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_pretrained_from_the_hub(atto: nn.Module) -> None:
     ours = timm.create_model("mrconvnext_atto", pretrained=True)
     assert_same_function(ours, atto, [(224, 224), (64, 97), (160, 288)])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_pretrained_from_the_hub_deployed_and_for_other_classes(atto: nn.Module) -> None:
     x = torch.randn(1, 3, 128, 160)
@@ -218,6 +220,7 @@ def test_pretrained_from_the_hub_deployed_and_for_other_classes(atto: nn.Module)
         assert_agree(ours.forward_features(x), atto.forward_features(x))
 
 
+@pytest.mark.slow
 def test_two_steps_open_the_branches(atto: nn.Module) -> None:
     model = timm.create_model("mrconvnext_atto", pretrained=True)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
@@ -240,7 +243,11 @@ def test_two_steps_open_the_branches(atto: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"branch_norm": "parseval", "img_size": 64, "kernel": "fourier"}, {"branch_norm": "batch", "max_branches": 2}],
+    [
+        {},
+        pytest.param({"branch_norm": "parseval", "img_size": 64, "kernel": "fourier"}, marks=pytest.mark.slow),
+        pytest.param({"branch_norm": "batch", "max_branches": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(

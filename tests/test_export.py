@@ -154,7 +154,7 @@ def test_pytorchs_older_export(exportable: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("exportable", [False, True])
 @torch.no_grad()
 def test_pytorchs_newer_export(exportable: bool, tmp_path: Path) -> None:
-    model, x = small_model(exportable=exportable).reparameterize(), images(64, 64)
+    model, x = small_model(exportable=exportable, **TINY).reparameterize(), images(64, 64)
     export(model, tmp_path / "model.onnx", dynamo=True)
     assert not kinds_of(tmp_path / "model.onnx") & {"DFT", "STFT"}
     assert_agree(run(tmp_path / "model.onnx", x), model(x))
@@ -164,7 +164,7 @@ def test_pytorchs_newer_export(exportable: bool, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch 2.9 writes a file that ONNX Runtime refuses")
 @torch.no_grad()
 def test_timms_newer_export_has_a_dynamic_batch(tmp_path: Path) -> None:
-    model, file = exportable_model(), tmp_path / "model.onnx"
+    model, file = exportable_model(**TINY), tmp_path / "model.onnx"
     onnx_export(model=model, output_file=str(file), batch_size=2, input_size=(3, 64, 64), use_dynamo=True)
     for batch in (1, 5):
         x = torch.randn(batch, 3, 64, 64)
@@ -198,12 +198,17 @@ def nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+def first_block(branch_norm: str, deployed: bool = False) -> nn.Module:
+    """Returns stem and first stage of a model: each block more takes a compiler as long again."""
+    model = model_in(branch_norm, deployed, **TINY)
+    return nn.Sequential(model.stem, model.stages[0])
+
+
 @each_form
 @torch.no_grad()
 def test_compile_for_all_sizes_in_one_graph(branch_norm: str, deployed: bool) -> None:
     """The second size makes the graph one of any size; others need no more, nor do other weights."""
-    model = model_in(branch_norm, deployed, **TINY)
+    model = first_block(branch_norm, deployed)
     compiled = torch.compile(model=model, fullgraph=True, backend="aot_eager")
     for x in (images(64, 64), images(96, 96)):
         assert_agree(compiled(x), model(x))
@@ -226,17 +231,18 @@ def assert_trains_as(compiled: nn.Module, model: nn.Module, reference: nn.Module
         torch.testing.assert_close(a, b, msg=name)
 
 
-@pytest.mark.slow
 @each_form
 def test_compile_a_training_step_in_one_graph(branch_norm: str, deployed: bool) -> None:
-    model = model_in(branch_norm, deployed, **TINY).train()
+    model = first_block(branch_norm, deployed).train()
     reference = copy.deepcopy(model)
     assert_trains_as(torch.compile(model=model, fullgraph=True, backend="aot_eager"), model, reference, images())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("deployed", [False, True])
 @torch.no_grad()
-def test_compile_a_deployed_model() -> None:
-    model = model_in("kernel", deployed=True, **TINY)
+def test_compile_a_whole_model(deployed: bool) -> None:
+    model = model_in("kernel", deployed)
     compiled = torch.compile(model=model, fullgraph=True, backend="aot_eager")
     assert_agree(compiled(images()), model(images()))
 
@@ -245,7 +251,8 @@ def test_compile_a_deployed_model() -> None:
 @pytest.mark.parametrize("deployed", [False, True])
 @torch.no_grad()
 def test_inductor_in_evaluation(deployed: bool) -> None:
-    model = model_in("kernel", deployed, **TINY)
+    """At a second and a third size of images."""
+    model = first_block("kernel", deployed)
     compiled = torch.compile(model=model, fullgraph=True)
     for x in (images(64, 64), images(96, 96), images(128, 128)):
         assert_agree(compiled(x), model(x))
@@ -253,6 +260,6 @@ def test_inductor_in_evaluation(deployed: bool) -> None:
 
 @pytest.mark.slow
 def test_inductor_trains() -> None:
-    stage = model_in("kernel", **TINY).train().stages[0]
-    reference = copy.deepcopy(stage)
-    assert_trains_as(torch.compile(model=stage, fullgraph=True), stage, reference, torch.randn(2, 8, 16, 24))
+    model = first_block("kernel").train()
+    reference = copy.deepcopy(model)
+    assert_trains_as(torch.compile(model=model, fullgraph=True), model, reference, images())

@@ -101,6 +101,7 @@ def fvcore_count_without_depthwise(size: int) -> float:
     return counts[""] - sum(count for name, count in counts.items() if name.endswith("conv_dw"))
 
 
+@pytest.mark.slow
 def test_convnext_has_fvcores_count() -> None:
     """The figure of the paper for ConvNeXt-T, 4.5 GFLOPs, is the same count."""
     flops = count_flops(timm.create_model("convnext_tiny"))

@@ -107,6 +107,7 @@ def test_round_trip_through_the_hub(fused: bool, hub: Hub, token: str) -> None:
         assert_agree(deployed(x), expected(x))
 
 
+@pytest.mark.slow
 def test_converted_models_say_where_they_come_from(hub: Hub, tmp_path: Path) -> None:
     theirs = randomize(timm.create_model("convnext_atto"))
     hub.add("timm/convnext_atto.d2_in1k", {"model.safetensors": save(theirs.state_dict())})
@@ -116,6 +117,7 @@ def test_converted_models_say_where_they_come_from(hub: Hub, tmp_path: Path) -> 
     assert "Started from:** not recorded" in (tmp_path / "b" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_converted_model_of_ones_own(tmp_path: Path) -> None:
     options = {name: value for name, value in SMALL.items() if name != "img_size"}
     theirs = timm.models.convnext.ConvNeXt(**options, act_layer="relu", use_grn=True, ls_init_value=None)
@@ -175,6 +177,7 @@ def test_a_fused_model_of_low_precision_is_written_in_float32(tmp_path: Path) ->
     assert load_file(tmp_path / "trained" / "model.safetensors")["head.fc.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_revisions_and_private_repositories(hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = small_model()
     mrconvnext.push_to_hub(first, REPO, private=True)

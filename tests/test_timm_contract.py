@@ -21,7 +21,9 @@ from mrconvnext.norms import NORMS
 
 # torchvision says so of every model whose graph differs in training.
 train_graph_differs = pytest.mark.filterwarnings("ignore:.*[Tt]he nodes obtained by tracing the model")
-each_norm = pytest.mark.parametrize("branch_norm", NORMS)
+each_norm = pytest.mark.parametrize(
+    "branch_norm", [pytest.param(norm, marks=() if norm == "kernel" else pytest.mark.slow) for norm in NORMS]
+)
 
 
 def saved(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
