@@ -31,7 +31,7 @@ lint: .venv/installed
 	$(BIN)/mypy $(SOURCES)
 
 clients: .venv-clients/installed
-	.venv-clients/bin/python scripts/clients.py
+	.venv-clients/bin/python -m scripts.clients
 
 newest: .venv-newest/installed
 	.venv-newest/bin/python scripts/signatures.py

@@ -1,4 +1,4 @@
-"""What other libraries do to a model, each by its mechanism. With the libraries themselves: ``scripts/clients.py``."""
+"""What other libraries do to a model, each by its mechanism. With the libraries themselves: ``python -m scripts.clients``."""
 
 import copy
 from typing import Any
