@@ -5,6 +5,7 @@ An MRConvNeXt whose α is zero computes what the ConvNeXt computes that its loca
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Optional
@@ -22,6 +23,9 @@ _logger = logging.getLogger(__name__)
 
 # The classifier's weight in the layouts that timm reads.
 CLASSIFIERS = ("head.fc.weight", "head.weight", "visual.head.proj.weight")
+
+# Names that a ConvNeXt's weights don't have.
+_OWN_NAME = re.compile(r"\bconv_dw\.(?!weight$|bias$)")
 
 
 def cfgs_of_convnext(name: str, source: str) -> dict[str, PretrainedCfg]:
@@ -85,7 +89,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         RuntimeError: If they do not fit ``model``. Its classifier may be missing or another one.
     """
-    if not any(name.endswith("conv_dw.grid") for name in state_dict):
+    if not any(_OWN_NAME.search(name) for name in state_dict):
         try:
             state_dict = convnext.checkpoint_filter_fn(state_dict, model)
         except (AttributeError, KeyError, RuntimeError) as error:

@@ -16,9 +16,9 @@ from .grid import add_local_taps, convolve_locally
 from .kernels import create_kernels
 from .longconv import check_not_onnx, convolve, convolve_real
 from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
-from .options import BranchOptions, branch_lengths, check_positive
+from .options import BranchOptions, branch_lengths, branch_options, check_positive, sides_of
 from .precision import at_least_float32
-from .state import check_entry, entries, reparameterize_after_load, take_form, write_reference
+from .state import check_entry, check_parameters, entries, reparameterize_after_load, take_form, write_reference
 
 # Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
 _seeds = itertools.count(2**31)
@@ -210,8 +210,13 @@ class LongConvolution(nn.Module):
         return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
 
     def reparameterize(self) -> None:
-        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent."""
+        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent.
+
+        Raises:
+            RuntimeError: If a parametrization or a pruning of PyTorch's stands in the place of a parameter.
+        """
         if self.kernel is None:
+            check_parameters(self)
             self.build_deployed(*self.merged_kernel())
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -289,10 +294,8 @@ class MRConv2d(LongConvolution):
         dtype: Any = None,
         **options: Any,
     ) -> None:
-        height, width = (grid, grid) if isinstance(grid, int) else grid
+        height, width = sides_of(grid)
         check_positive("dilation", dilation)
-        for side in (height, width):
-            check_positive("grid", side)
         if not isinstance(kernel_size, int) or kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be an odd integer, or 0 for no local taps, got {kernel_size!r}")
         guard = dilation * (kernel_size // 2)
@@ -305,7 +308,7 @@ class MRConv2d(LongConvolution):
             kernel_size=kernel_size,
             dilation=dilation,
             bias=bias and kernel_size > 0,
-            options=BranchOptions(**options),
+            options=branch_options(**options),
             seed=seed,
             inference_mode=inference_mode,
             exportable=exportable,
@@ -368,7 +371,7 @@ class MRConv1d(LongConvolution):
             kernel_size=0,
             dilation=1,
             bias=False,
-            options=BranchOptions(**{"kernel": "fourier", "bidirectional": False, **options}),
+            options=branch_options(**{"kernel": "fourier", "bidirectional": False, **options}),
             seed=seed,
             inference_mode=inference_mode,
             exportable=exportable,

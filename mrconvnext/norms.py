@@ -139,7 +139,8 @@ def batch_statistics(
     # The mean of a feature map may lie far above its spread: it is taken out before anything is squared.
     centre = total[:-1] / count
     mean, variance = branch_statistics(x, kernels, centre, count, guard, sync)
-    track_statistics(running_mean, running_var, mean, variance, count, momentum)
+    if pixels > 0 or sync:  # no image says nothing of them
+        track_statistics(running_mean, running_var, mean, variance, count, momentum)
     return mean, variance
 
 

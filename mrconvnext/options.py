@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any, Optional, Union
 
 from .kernels import KERNELS
 from .norms import NORMS
@@ -63,6 +64,11 @@ class BranchOptions:
     def __post_init__(self) -> None:
         for name in ("max_branches", "modes", "taps"):
             check_positive(name, getattr(self, name))
+        for name in ("sync_norm", "bidirectional"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.alpha_init is not None and not _is_finite(self.alpha_init):
+            raise ValueError(f"alpha_init must be a finite number or None, got {self.alpha_init!r}")
         for name, allowed in (("kernel", KERNELS), ("branch_norm", NORMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -73,7 +79,39 @@ class BranchOptions:
             )
 
 
+def branch_options(**options: Any) -> BranchOptions:
+    """Returns the options of a layer's branches.
+
+    Raises:
+        TypeError: If one is unknown.
+        ValueError: If one is outside its range.
+    """
+    allowed = [field.name for field in dataclasses.fields(BranchOptions)]
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"{name!r} is not an argument of the layer; options of its branches: {', '.join(allowed)}")
+    return BranchOptions(**options)
+
+
+def sides_of(grid: Union[int, Sequence[int]]) -> tuple[int, int]:
+    """Returns the height and width of a grid that is given by both, or by one number.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    sides = (grid, grid) if isinstance(grid, int) else grid
+    if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2:
+        raise ValueError(f"grid must be an integer or (height, width), got {grid!r}")
+    for side in sides:
+        check_positive("grid", side)
+    return sides[0], sides[1]
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raises a ValueError if an argument is not a whole number of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,6 +6,7 @@ These are hooks of `mrconv.LongConvolution`, which is what ``layer`` stands for.
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize, prune
 
 from .kernels import SparseKernels, check_lags
 
@@ -59,10 +60,8 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
             layer.build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
     elif layer.kernel is None:
         _check_lags(layer, state_dict, prefix)
-        if prefix + "weight" in state_dict and not any(
-            prefix + name in state_dict for name in _names_of_branches(layer)
-        ):
-            # A convolution's own weights: its function, not that plus branches that it never had.
+        if _is_of_a_convolution(layer, state_dict, prefix):
+            # Its function, not that plus branches that it never had.
             state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
     elif any(name.startswith(prefix) for name in state_dict):
         deployed, requires_grad = (layer.kernel.detach(), layer.bias.detach()), layer.kernel.requires_grad
@@ -100,8 +99,10 @@ def _check_lags(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         check_lags(layer.kernels, state_dict, f"{prefix}kernels.")
 
 
-def _names_of_branches(layer: Any) -> list[str]:
-    return [name for name in trainable_names(layer) if name not in ("weight", "bias")]
+def _is_of_a_convolution(layer: Any, state_dict: dict[str, Any], prefix: str) -> bool:
+    """Returns whether a state dict has all of a depthwise convolution and nothing of the branches."""
+    own = {name for name in trainable_names(layer) if prefix + name in state_dict}
+    return own == ({"weight", "bias"} if layer.has_bias else {"weight"})
 
 
 def trainable_names(layer: Any) -> list[str]:
@@ -139,6 +140,19 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
 
 def _differs(name: str, given: torch.Tensor, value: list[int]) -> bool:
     return given.flatten().tolist()[:1] != value if name == "format" else given.tolist() != value  # whatever the form
+
+
+def check_parameters(layer: Any) -> None:
+    """Raises a RuntimeError if something else than a parameter stands in the place of one."""
+    if prune.is_pruned(layer):
+        raise RuntimeError(
+            "a pruned layer can't be reparameterized: call torch.nn.utils.prune.remove(layer, name) before"
+        )
+    if any(parametrize.is_parametrized(module) for module in layer.modules()):
+        raise RuntimeError(
+            "a parametrized layer can't be reparameterized: call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name) before"
+        )
 
 
 def reparameterize_after_load(layer: Any, incompatible_keys: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from helpers import SMALL, assert_agree, randomize
 from torch import nn
 
+import mrconvnext
 from mrconvnext.engines import block
 from mrconvnext.engines.block import use_piece_blocks
 
@@ -48,13 +49,37 @@ def test_trains_as_timms_block_does() -> None:
 
 
 @torch.no_grad()
-def test_hooks_and_replaced_modules_are_seen() -> None:
+def test_hooks_see_the_whole_batch_and_replaced_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "PIECE_BYTES", 1)  # an image a piece
     plain, ours = convnexts()
     seen = []
     for model in (plain, ours):
-        own = model.stages[0].blocks[0].mlp
+        model.stages[0].blocks[0].norm.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+        own = model.stages[1].blocks[0].mlp
         own.fc1 = nn.Sequential(own.fc1, nn.Tanh())
-        own.act.register_forward_hook(lambda module, args, output: seen.append(output) or 2 * output)
-    x = torch.randn(2, 3, 64, 64)
+        own.act.register_forward_hook(lambda module, args, output: seen.append(len(output)) or 2 * output)
+    x = torch.randn(3, 3, 64, 64)
     assert_agree(ours(x), plain(x))
-    assert len(seen) == 2
+    assert seen == 4 * [3]
+
+
+@torch.no_grad()
+def test_statistics_of_a_batch_are_those_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where BatchNorms are set to train() in a model in eval mode, to adapt them."""
+    monkeypatch.setattr(block, "PIECE_BYTES", 1)
+    plain, ours = convnexts(norm_layer="batchnorm2d", conv_mlp=True)
+    for model in (plain, ours):
+        for module in model.modules():
+            module.train(isinstance(module, nn.BatchNorm2d))
+    x = torch.randn(3, 3, 64, 64)
+    assert_agree(ours(x), plain(x))
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers()):
+        assert torch.allclose(a, b, rtol=1e-5), name
+
+
+@torch.no_grad()
+def test_the_plain_engine_has_whole_batches() -> None:
+    plain, ours = convnexts()
+    x = torch.randn(3, 3, 64, 64)
+    with mrconvnext.engine("plain"):
+        assert torch.equal(ours(x), plain(x))

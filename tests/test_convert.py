@@ -369,13 +369,22 @@ def test_lags_that_are_no_lags_are_refused_from_a_file(deployed: bool, tmp_path:
         )
 
 
-def test_part_of_our_own_weights_is_refused() -> None:
-    weights = timm.create_model("mrconvnext_atto", **SMALL).state_dict()
-    del weights["stages.1.blocks.0.conv_dw.alpha"]
+@pytest.mark.parametrize("missing", ["conv_dw.alpha", "conv_dw.grid", "all that is not a parameter"])
+@pytest.mark.parametrize("branch_norm", ["kernel", "parseval"])
+def test_part_of_our_own_weights_is_refused(missing: str, branch_norm: str) -> None:
+    """And not taken for a ConvNeXt, to which branches are added that have α = 0."""
+    model = timm.create_model("mrconvnext_atto", branch_norm=branch_norm, **SMALL)
+    weights = {name: x for name, x in model.state_dict().items() if not name.endswith(missing)}
+    if missing.startswith("all"):
+        weights = dict(model.named_parameters())
     overlay = dict(state_dict=weights, num_classes=10)
-    with pytest.raises(RuntimeError, match="missing: stages.1.blocks.0.conv_dw.alpha"):
+    with pytest.raises(RuntimeError, match=r"missing: stages\.0\.blocks\.0\.conv_dw\."):
         timm.create_model(
-            "mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, "num_classes": 7}
+            "mrconvnext_atto",
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+            branch_norm=branch_norm,
+            **{**SMALL, "num_classes": 7},
         )
 
 

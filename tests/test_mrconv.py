@@ -170,7 +170,24 @@ def test_drop_in_for_a_depthwise_conv2d() -> None:
     assert_agree(layer(x), conv(x))
     layer.alpha.data.fill_(1)
     layer.load_state_dict({**conv.state_dict(), "alpha": layer.alpha}, strict=False)
+    layer.load_state_dict({"weight": conv.weight}, strict=False)  # less than a convolution: nothing is said of α
     assert (layer.alpha == 1).all()
+
+
+def test_what_is_no_parameter_is_not_folded() -> None:
+    """And the layer stays as it is."""
+    normed, pruned = layer_2d((5, 4), min_length=7), layer_2d((5, 4), min_length=7)
+    torch.nn.utils.parametrizations.weight_norm(normed, "weight")
+    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    x = torch.randn(1, 3, 5, 4)
+    for layer, advice in (
+        (normed, r"remove_parametrizations\(layer, name\)"),
+        (pruned, r"prune\.remove\(layer, name\)"),
+    ):
+        expected = layer(x)
+        with pytest.raises(RuntimeError, match=advice):
+            layer.reparameterize()
+        assert torch.equal(layer(x), expected)
 
 
 # The two forms
@@ -362,6 +379,12 @@ def test_a_deployed_layer_has_one_kernel_and_no_branches(branch_norm: str) -> No
         (lambda: MRConv2d(3, (9, 11), dilation=0), ["dilation", "0"]),
         (lambda: MRConv2d(0, (9, 11)), ["channels", "0"]),
         (lambda: MRConv2d(3, (9, 11.5)), ["grid", "11.5"]),
+        (lambda: MRConv2d(3, (9,)), ["grid", "(9,)", "(height, width)"]),
+        (lambda: MRConv2d(3, "9"), ["grid", "'9'", "(height, width)"]),
+        (lambda: MRConv2d(3, None), ["grid", "None", "(height, width)"]),
+        (lambda: MRConv2d(True, (9, 11)), ["channels", "True"]),
+        (lambda: MRConv2d(3, (9, 11), alpha_init=float("nan")), ["alpha_init", "nan", "finite"]),
+        (lambda: MRConv2d(3, (9, 11), bidirectional="no"), ["bidirectional", "'no'", "True or False"]),
         (lambda: MRConv2d(3, (9, 11), kernel_size=(3, 3)), ["kernel_size", "(3, 3)"]),
         (
             lambda: MRConv2d(3, (9, 11), branch_norm="batch", sync_norm=True),

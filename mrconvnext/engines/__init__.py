@@ -42,6 +42,11 @@ class engine:
         _chosen = self._before
 
 
+def chosen() -> str:
+    """Returns the name of the engine that is in use, one of `NAMES`."""
+    return _chosen
+
+
 def serving(x: Tensor) -> ModuleType:
     """Returns the engine that computes on tensors like ``x``."""
     return cpu if _chosen == "auto" and x.device.type == "cpu" else plain

@@ -3,11 +3,21 @@
 from typing import Any, Optional
 
 import torch
+from timm.layers import DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, Mlp
+from timm.layers.activations import GELU
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..compat import has_forward_hooks
+from . import chosen
 
 # Of a piece's hidden features, the largest that the pointwise layers make.
 PIECE_BYTES = 6 * 2**20
+
+# What a block of timm's is made of. Each computes for every image what it computes for that image alone.
+BY_IMAGE = (DropPath, GELU, GlobalResponseNorm, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, Mlp)
+BY_IMAGE += (nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.Linear, nn.ReLU, nn.SiLU)
 
 
 class PieceBlock(ConvNeXtBlock):
@@ -17,7 +27,7 @@ class PieceBlock(ConvNeXtBlock):
         """Returns the block's output (B, C, H, W) for images of that size."""
         if self.training or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
             return super().forward(x)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or len(x) == 0:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or len(x) == 0 or not self._may_split():
             return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         y = self.conv_dw(x)
@@ -26,6 +36,11 @@ class PieceBlock(ConvNeXtBlock):
         for piece in zip(y.split(size), x.split(size), out.split(size)):
             self._after_convolution(*piece)
         return out
+
+    def _may_split(self) -> bool:
+        """Returns whether nobody sees, or is wrong by, what follows the convolution being given a few images."""
+        parts = [self.norm, *self.mlp.modules(), self.drop_path, self.shortcut]
+        return chosen() == "auto" and all(type(part) in BY_IMAGE and not has_forward_hooks(part) for part in parts)
 
     def _after_convolution(self, y: Tensor, shortcut: Tensor, out: Tensor) -> None:
         """Writes to ``out`` what the block makes of its convolution's output and of its input."""
