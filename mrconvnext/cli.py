@@ -8,15 +8,15 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
-from timm.data import ImageDataset, create_transform, resolve_data_config
+from PIL import Image
+from timm.data import create_reader, create_transform, resolve_data_config
 from timm.models.convnext import ConvNeXt
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 from .convert import options_of_file
 from .flops import count_flops
-from .hub import LIMIT, is_deployed, parity, push_to_hub, random_images, save
+from .hub import HTTP_ERROR, LIMIT, is_deployed, parity, push_to_hub, random_images, read_config, save
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--model-kwargs must be given as NAME=VALUE")
     try:
         return args.run(args)
-    except (HfHubHTTPError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (HTTP_ERROR, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"mrconvnext {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -108,6 +108,7 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         overlay = {"file": str(path), "num_classes": found["num_classes"]}
         options = {**found, **options, "pretrained_cfg_overlay": overlay}
     elif path.is_dir():
+        read_config(path)  # whose errors say more than timm's
         name = f"local-dir:{path}"
     model: Any = timm.create_model(name, pretrained=True, **options)
     if type(model) is ConvNeXt:
@@ -144,13 +145,33 @@ def fuse(args: argparse.Namespace) -> int:
 
 
 def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
-    """Returns images (B, C, H, W) of a folder as the model takes them in evaluation."""
+    """Returns images (B, C, H, W) of a folder as the model takes them in evaluation; broken ones are skipped."""
     if not Path(folder).is_dir():
         raise ValueError(f"--images {folder} is not a folder")
     mode = "L" if model.stem[0].in_channels == 1 else "RGB"
     transform = create_transform(**resolve_data_config(model=model))
-    dataset = ImageDataset(folder, input_img_mode=mode, transform=transform)
-    return torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
+    images: list[Tensor] = []
+    errors: list[str] = []
+    for file in image_files(folder):
+        try:
+            with Image.open(file) as image:
+                images.append(transform(image.convert(mode)))
+        except OSError as error:
+            errors.append(f"{file}: {error}")
+        if len(images) == count:
+            break
+    if not images:
+        raise ValueError(f"--images {folder} holds no image that can be read, such as {errors[0]}")
+    if errors:
+        print(f"--images {folder}: {len(errors)} files are skipped, such as {errors[0]}", file=sys.stderr)
+    return torch.stack(images)
+
+
+def image_files(folder: str) -> list[str]:
+    try:
+        return create_reader("", root=folder).filenames(absolute=True)
+    except RuntimeError as error:
+        raise ValueError(f"--images {folder} holds no images: {error}") from error
 
 
 def push(args: argparse.Namespace) -> int:

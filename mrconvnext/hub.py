@@ -1,17 +1,20 @@
 """Saving models and publishing them on the Hub: safetensors, config.json and a model card, as timm reads them."""
 
+import contextlib
 import copy
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import timm
 import torch
 from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -22,6 +25,13 @@ _logger = logging.getLogger(__name__)
 
 # Largest parity error that a saved model may have. Rounding is a hundredth of it.
 LIMIT = 1e-4
+
+# What huggingface_hub raises where no answer comes, as well as what it raises for one that refuses: the base of
+# HfHubHTTPError, which is httpx's HTTPError or httpx2's, by the version.
+HTTP_ERROR: type[Exception] = next(
+    (base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base.__name__ == "HTTPError"),
+    HfHubHTTPError,
+)
 
 # Licences that a card may name without saying more; timm gives others by a name of their own.
 KNOWN_LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0")
@@ -105,13 +115,12 @@ def save(
     Raises:
         TypeError: If ``model`` is not an MRConvNeXt.
         ValueError: If what would be written could not be read by timm, or is not this model within ``limit``; if the
-            folder holds a model in the other form.
+            folder holds a model in the other form, or a ``config.json`` that is not a model's.
     """
     _check_model(model)
     folder = Path(folder)
     _check_folder(folder, fused or is_deployed(model))
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with _made(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         found = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, folder / file.name)
@@ -152,6 +161,7 @@ def push_to_hub(
         TypeError: See `save`.
         ValueError: See `save`; if ``repo_id`` has no organisation.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+        ConnectionError: If the Hub can't be reached.
     """
     _check_model(model)
     if "/" not in repo_id:
@@ -159,17 +169,43 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         _write(model, Path(temporary), f"hf-hub:{repo_id}", fused, metrics, model_args, None, LIMIT)
         api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=temporary,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        with _reaching(repo_id):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=temporary,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
     return commit.commit_url
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns what a folder's ``config.json`` says of its model; nothing if the folder has none.
+
+    Raises:
+        ValueError: If it is not a model's configuration, as timm reads it.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{file} is not a model's configuration, but damaged: {error}") from error
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("architecture"), str)
+        or not all(isinstance(config.get(name, {}), dict) for name in ("model_args", "pretrained_cfg"))
+    ):
+        raise ValueError(
+            f'{file} is not a model\'s configuration: it must be an object with "architecture", a name, and with '
+            f'"model_args" and "pretrained_cfg", objects, if these are there; got {json.dumps(config):.80}'
+        )
+    return config
 
 
 def is_deployed(model: nn.Module) -> bool:
@@ -227,12 +263,35 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_folder(folder: Path, deployed: bool) -> None:
     """Raises if a folder holds a model in the other form: the training form can't be had back from the deployed one."""
-    file = folder / "config.json"
-    if (
-        file.is_file()
-        and json.loads(file.read_text()).get("model_args", {}).get("inference_mode", deployed) != deployed
-    ):
+    arguments = read_config(folder).get("model_args", {})
+    if arguments.get("inference_mode", deployed) != deployed:
         raise ValueError(f"{folder} holds the {'training' if deployed else 'deployed'} form: give each its own folder")
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes away again what was made of its path if nothing was written to it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # folders that hold something refuse to go
+            for path in new:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _reaching(repo_id: str) -> Iterator[None]:
+    """Gives errors of the connection to the Hub one class and words that say what was to be done."""
+    try:
+        yield
+    except HfHubHTTPError:
+        raise  # the Hub was reached, and refuses
+    except (HTTP_ERROR, ConnectionError) as error:
+        raise ConnectionError(
+            f"the Hub could not be reached to push to {repo_id}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _write(

@@ -1,5 +1,6 @@
 """The command line, and the launcher of timm's scripts."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import timm
 import torch
 from helpers import SMALL, layers_of, randomize, small_model
 from hub_server import Hub
+from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import save as as_safetensors
 from torch import nn
@@ -51,7 +53,6 @@ def test_a_convnext_of_the_hub_becomes_a_model(hub: Hub, tmp_path: Path) -> None
     assert torch.equal(logits(f"local-dir:{tmp_path}/a"), logits(f"local-dir:{tmp_path}/b"))
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's dataset leaves them to Python
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_fuse(in_chans: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     mrconvnext.save(small_model(in_chans=in_chans), tmp_path / "trained")
@@ -66,6 +67,17 @@ def test_fuse(in_chans: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "--limit 1e-12" in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
+def test_fuse_skips_images_that_are_broken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    mrconvnext.save(small_model(), tmp_path / "trained")
+    for i in range(12):
+        (tmp_path / f"a{i}.jpg").write_bytes(b"no image")
+    Image.effect_noise((80, 70), 60).save(tmp_path / "b.png")
+    assert run("fuse", tmp_path / "trained", tmp_path / "fused", "--images", tmp_path) == 0
+    captured = capsys.readouterr()
+    assert f"on 1 images of {tmp_path}: logits" in captured.out
+    assert f"--images {tmp_path}: 12 files are skipped" in captured.err and len(captured.err.splitlines()) == 1
+
+
 def test_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("HF_TOKEN", hub.token)
     mrconvnext.save(small_model(), tmp_path / "trained")
@@ -75,6 +87,49 @@ def test_push(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert logits("hf-hub:someone/fused", num_classes=3).shape == (1, 3)
     assert run("info", "hf-hub:someone/fused") == 0
     assert "deployed form" in capsys.readouterr().out
+
+
+def test_a_hub_that_can_not_be_reached(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    mrconvnext.save(small_model(), tmp_path)
+    hub.add("someone/cut", {file.name: file.read_bytes() for file in tmp_path.iterdir()})
+    hub.cut = 5000
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    monkeypatch.setattr("mrconvnext.hub.HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:1"))
+    for arguments, words in (
+        (["push", tmp_path, "someone/fused"], "the Hub could not be reached to push to someone/fused: ConnectError: "),
+        (["info", "hf-hub:someone/cut"], ""),
+    ):
+        assert run(*arguments) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"mrconvnext {arguments[0]}: {words}"), error
+    with pytest.raises(ConnectionError, match="someone/fused"):
+        mrconvnext.push_to_hub(small_model(), "someone/fused")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"a\n',
+        "\xff",
+        "[]",
+        "null",
+        "{}",
+        '{"model_args": null}',
+        '{"architecture": 1}',
+        '{"architecture": "mrconvnext_atto", "model_args": null}',
+        '{"architecture": "mrconvnext_atto", "pretrained_cfg": null}',
+    ],
+)
+def test_a_damaged_configuration(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
+        mrconvnext.save(small_model(), tmp_path)
+    assert run("info", tmp_path) == 1
+    assert f"{tmp_path / 'config.json'} is not a model's configuration" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -98,7 +153,8 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["info", "weights.pth"], ["weights.pth", "--model"]),
         (["info", "weights.pth", "--model", "mrconvnext_tiny"], ["stages.0.blocks.0.conv_dw.alpha", "(4, 96)"]),
         (["fuse", "weights.pth", "out", "--model", "mrconvnext_atto", *OPTIONS, "img_size=96"], ["grid", "img_size"]),
-        (["fuse", "saved", "out", "--images", "empty"], ["empty"]),
+        (["fuse", "saved", "out", "--images", "empty"], ["--images empty"]),
+        (["fuse", "saved", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),
         (["fuse", "saved", "saved"], ["saved", "training form"]),
         (["info", "text.pth", "--model", "mrconvnext_atto"], ["text.pth"]),
@@ -115,6 +171,8 @@ def test_errors_are_one_message(
     torch.save({"weight": nn.Linear}, "code.pth")
     mrconvnext.save(small_model(), "saved")
     Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken", "0.jpg").write_text("no image")
     for name in ("text.pth", "text.safetensors"):
         Path(name).write_text("no weights")
     capsys.readouterr()

@@ -166,7 +166,8 @@ def test_a_model_whose_outputs_are_zero_is_compared_all_the_same(tmp_path: Path)
     assert not parity(model, other, torch.randn(2, 3, 64, 64)).within(1e-4)
     nn.init.constant_(model.head.fc.bias, float("nan"))
     with pytest.raises(ValueError, match="finite"):
-        mrconvnext.save(model, tmp_path / "nan")
+        mrconvnext.save(model, tmp_path / "new" / "nan")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_fused_model_of_low_precision_is_written_in_float32(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from . import chosen
 PIECE_BYTES = 6 * 2**20
 
 # What a block of timm's is made of. Each computes for every image what it computes for that image alone.
-BY_IMAGE = (DropPath, GELU, GlobalResponseNorm, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, Mlp)
-BY_IMAGE += (nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.Linear, nn.ReLU, nn.SiLU)
+BY_IMAGE = (
+    *(DropPath, GELU, GlobalResponseNorm, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, Mlp),
+    *(nn.Conv2d, nn.Dropout, nn.GELU, nn.Identity, nn.Linear, nn.ReLU, nn.SiLU),
+)
 
 
 class PieceBlock(ConvNeXtBlock):
