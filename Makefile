@@ -4,13 +4,14 @@
 # make timm        run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
 # make lint        check the code's style and types
 # make clients     try real clients of the models (torchao, peft, accelerate, …) in an environment of their own
+# make sanitize    run the tests of the compiled engine with AddressSanitizer and UndefinedBehaviorSanitizer in it
 # make newest      run the contract tests with timm's newest release, and say which signatures moved
 PYTHON ?= python3
 MODELS ?= atto tiny v2_atto
 BIN := .venv/bin
 SOURCES := mrconvnext training benchmarking experiments scripts train_imagenet.py benchmark_throughput.py
 
-.PHONY: demo test quick timm lint clients newest
+.PHONY: demo test quick timm lint clients sanitize newest
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -33,21 +34,26 @@ lint: .venv/installed
 clients: .venv-clients/installed
 	.venv-clients/bin/python -m scripts.clients
 
+sanitize: .venv/installed
+	scripts/sanitize.sh $(BIN)/python
+
 newest: .venv-newest/installed
 	.venv-newest/bin/python scripts/signatures.py
 	.venv-newest/bin/python -m pytest tests/test_timm_contract.py tests/test_mrconvnext.py tests/test_convert.py
 
-.venv/installed: pyproject.toml
+NATIVE := setup.py $(wildcard mrconvnext/engines/native/*)
+
+.venv/installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-.venv-clients/installed: pyproject.toml
+.venv-clients/installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[clients]'
 	touch $@
 
-.venv-newest/installed: pyproject.toml
+.venv-newest/installed: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps timm

@@ -10,7 +10,7 @@ import torch
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from mrconvnext.engines.block import use_piece_blocks
+from mrconvnext.engines.block import use_fused_blocks
 from mrconvnext.flops import count_flops
 
 from .rows import DERIVED, Row
@@ -34,8 +34,8 @@ def create_model(row: Row, args: argparse.Namespace) -> nn.Module:
     model.to(device=args.device, memory_format=args.memory_format)
     if row.form == "deployed":
         model.reparameterize()
-    if row.form == "piece blocks":
-        use_piece_blocks(model)
+    if row.form == "fused blocks":
+        use_fused_blocks(model)
     return model
 
 

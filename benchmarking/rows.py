@@ -9,10 +9,10 @@ import timm
 from timm.models import is_model_in_modules
 
 # The forms that a model of a timm module is measured in, the first as it is made.
-FORMS = {"mrconvnext": ("training form", "deployed"), "convnext": ("default", "conv_mlp", "piece blocks")}
+FORMS = {"mrconvnext": ("training form", "deployed"), "convnext": ("default", "conv_mlp", "fused blocks")}
 
 # Forms that are made of another one's weights and give the same logits, in evaluation alone.
-DERIVED = {"deployed": "training form", "piece blocks": "default"}
+DERIVED = {"deployed": "training form", "fused blocks": "default"}
 
 
 @dataclasses.dataclass
@@ -67,5 +67,5 @@ def forms_of(model: str, args: argparse.Namespace) -> list[str]:
     if args.train:
         return [form for form in forms if form not in DERIVED]
     if args.compile or args.device != "cpu":
-        return [form for form in forms if form != "piece blocks"]  # timm's own there
+        return [form for form in forms if form != "fused blocks"]  # timm's own there
     return forms

@@ -35,7 +35,7 @@ def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         found = kept.pop(args, None)
         if found is None:
             found = None if is_traced else _make(make, args)
-            if found is None or _is_wrapped(found):
+            if found is None or is_wrapped(found):
                 # Traces, and transforms of functions, are those of a thread.
                 with ThreadPoolExecutor(1) as thread:
                     found = thread.submit(_make, make, args).result()
@@ -54,7 +54,7 @@ def _make(make: Callable[..., Tensor], args: tuple) -> Tensor:
         return make(*args)
 
 
-def _is_wrapped(x: Tensor) -> bool:
+def is_wrapped(x: Tensor) -> bool:
     """Returns whether a tensor is what a transform of torch.func makes of one."""
     try:
         x.untyped_storage()

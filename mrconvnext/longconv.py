@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import engines
+from .checks import check_gradient, check_images, check_mean, check_sequences
 from .engines import plain, real
 
 
@@ -98,7 +99,7 @@ def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If ``u`` is empty, the channels differ, or the kernel's length is even, so that it has no middle.
     """
-    _check_sequences(u, kernel)
+    check_sequences(u, kernel)
     return convolve(u.unsqueeze(-1), kernel, None, row_stride=1, guard=0).squeeze(-1)
 
 
@@ -116,24 +117,10 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
         TypeError: As `long_conv`.
         ValueError: As `long_conv`.
     """
-    _check_sequences(u, kernel)
+    check_sequences(u, kernel)
     reach = kernel.shape[-1] // 2
     windows = F.pad(u, (reach, reach)).unfold(-1, kernel.shape[-1], 1)  # (B, C, L, 2M − 1): u[t − reach … t + reach]
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
-
-
-def _check_sequences(u: Tensor, kernel: Tensor) -> None:
-    if not (u.is_floating_point() and kernel.is_floating_point()):
-        raise TypeError(f"u and kernel must be floating-point tensors, got {u.dtype} and {kernel.dtype}")
-    if u.dim() != 3 or kernel.dim() != 2 or kernel.shape[0] != u.shape[1]:
-        raise ValueError(
-            f"u must be (B, C, L) and kernel (C, 2·M − 1), with the channels of u, got {list(u.shape)} and "
-            f"{list(kernel.shape)}"
-        )
-    if kernel.shape[-1] % 2 == 0:
-        raise ValueError(f"kernel must have an odd number of lags, lag 0 in the middle, got {kernel.shape[-1]}")
-    if u.shape[-1] < 1:
-        raise ValueError(f"u must have at least 1 position, got {list(u.shape)}")
 
 
 def crop_lags(kernel: Tensor, length: int) -> Tensor:
@@ -172,18 +159,22 @@ def branch_energies(kernels: Tensor, correlation: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
-    return engines.serving(x).convolve(x, kernel, bias, row_stride, guard)
+    check_images(x, kernel, bias, row_stride, guard)
+    return engines.serving(x, kernel, bias).convolve(x, kernel, bias, row_stride, guard)
 
 
 def _convolve_backward(
     grad: Tensor, x: Tensor, kernel: Tensor, row_stride: int, guard: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients for the images, the kernel and the bias, by the output's gradient (B, N · C, H, W)."""
-    return engines.serving(x).convolve_backward(grad, x, kernel, row_stride, guard)
+    check_images(x, kernel, None, row_stride, guard)
+    check_gradient(grad, x, kernel)
+    return engines.serving(grad, x, kernel).convolve_backward(grad, x, kernel, row_stride, guard)
 
 
 def _autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
-    return engines.serving(x).autocorrelation(x, mean, guard)
+    check_mean(x, mean, guard)
+    return engines.serving(x, mean).autocorrelation(x, mean, guard)
 
 
 def _like_convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:

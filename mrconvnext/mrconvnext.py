@@ -15,7 +15,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
-from .engines.block import use_piece_blocks
+from .engines.block import use_fused_blocks
 from .mrconv import MRConv2d, check_input
 from .options import BranchOptions
 
@@ -142,7 +142,7 @@ class MRConvNeXt(ConvNeXt):
                     **options,
                 )
                 seed += 1
-        use_piece_blocks(self)
+        use_fused_blocks(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

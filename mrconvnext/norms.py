@@ -19,7 +19,7 @@ from .compat import is_in_backward_pass
 from .constants import constant
 from .grid import pair_weights, place_kernel, responses_to_ones
 from .longconv import autocorrelation, branch_energies
-from .precision import at_least_float32, product
+from .precision import at_least_float32
 
 torch.fx.wrap("place_kernel")
 
@@ -227,7 +227,7 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
 @torch.fx.wrap
 def merge_kernels(kernels: Tensor, gain: Tensor) -> Tensor:
     """Returns the sum (C, 2·M − 1) of kernels (N, C, 2·M − 1), each times its gain (N, C)."""
-    return product(gain.t().unsqueeze(1), kernels.transpose(0, 1)).squeeze(1)  # of (C, 1, N) and (C, N, 2·M − 1)
+    return (kernels * gain.unsqueeze(-1)).sum(0)
 
 
 @torch.fx.wrap

@@ -21,7 +21,7 @@ from timm.utils.onnx import onnx_export
 from torch import Tensor, nn
 
 import mrconvnext  # noqa: F401  registers the models
-from mrconvnext.engines.block import use_piece_blocks
+from mrconvnext.engines.block import use_fused_blocks
 
 
 @torch.no_grad()
@@ -40,14 +40,14 @@ def main() -> None:
 
 def compare_blocks(name: str, rounds: int) -> None:
     """Prints how fast a ConvNeXt is with the blocks that MRConvNeXt has on a CPU, then without convolutions as well."""
-    default, pieces, without = (create_model(name) for _ in range(3))
-    for model in (pieces, without):
-        use_piece_blocks(model)
+    default, fused, without = (create_model(name) for _ in range(3))
+    for model in (fused, without):
+        use_fused_blocks(model)
     for stage in without.stages:
         for block in stage.blocks:
             block.conv_dw = nn.Identity()
-    times, *others = in_turns([default, pieces, without], torch.randn((1, 3, 224, 224)), rounds)
-    for label, own in zip(("piece blocks", "piece blocks and no depthwise convolutions"), others):
+    times, *others = in_turns([default, fused, without], torch.randn((1, 3, 224, 224)), rounds)
+    for label, own in zip(("fused blocks", "fused blocks and no depthwise convolutions"), others):
         print(f"{name} with {label}, times as fast as by default: {spread([a / b for a, b in zip(times, own)])}")
 
 

@@ -107,7 +107,7 @@ def test_every_model_has_its_forms_and_its_reference(evaluation: Path) -> None:
     assert list(rows) == [
         (CONVNEXT, "default"),
         (CONVNEXT, "conv_mlp"),
-        (CONVNEXT, "piece blocks"),
+        (CONVNEXT, "fused blocks"),
         (OURS, "training form"),
         (OURS, "deployed"),
         (FIXED_SIZE, "default"),
@@ -197,12 +197,12 @@ def test_error_of_a_deployed_model_would_be_seen(branch_norm: str) -> None:
     assert models.largest_error(deployed, original, images) > 1e-3
 
 
-def test_piece_blocks_compute_what_the_default_does() -> None:
-    original, pieces = (
-        models.create_model(Row(CONVNEXT, form, 1, 64), default_arguments()) for form in ("default", "piece blocks")
+def test_fused_blocks_compute_what_the_default_does() -> None:
+    original, fused = (
+        models.create_model(Row(CONVNEXT, form, 1, 64), default_arguments()) for form in ("default", "fused blocks")
     )
-    assert type(pieces.stages[0].blocks[0]) is not type(original.stages[0].blocks[0])
-    assert models.largest_error(pieces, original, torch.randn(1, 3, 64, 64)) < 1e-5
+    assert type(fused.stages[0].blocks[0]) is not type(original.stages[0].blocks[0])
+    assert models.largest_error(fused, original, torch.randn(1, 3, 64, 64)) < 1e-5
 
 
 def test_training_steps(times_only: None, tmp_path: Path) -> None:

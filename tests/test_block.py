@@ -1,4 +1,4 @@
-"""ConvNeXt's block a few images at a time, against the block as timm runs it."""
+"""ConvNeXt's block by the compiled engine, some pixels at a time, against the block as timm runs it."""
 
 import copy
 
@@ -9,26 +9,34 @@ from helpers import SMALL, assert_agree, randomize
 from torch import nn
 
 import mrconvnext
-from mrconvnext.engines import block
-from mrconvnext.engines.block import use_piece_blocks
+from mrconvnext.engines import block, cpu, library
+from mrconvnext.engines.block import use_fused_blocks
 
 
 def convnexts(name: str = "convnext_atto", **options) -> tuple[nn.Module, nn.Module]:
     """Returns timm's ConvNeXt, and the same one with our blocks."""
     options = {name: value for name, value in {**SMALL, **options}.items() if name != "img_size"}
     plain = randomize(timm.create_model(name, **options)).eval()
-    return plain, use_piece_blocks(copy.deepcopy(plain))
+    return plain, use_fused_blocks(copy.deepcopy(plain))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"conv_mlp": False}, {"ls_init_value": None}, {"name": "convnextv2_atto"}, {"drop_path_rate": 0.5}],
+    [
+        {},
+        {"conv_mlp": False},
+        {"ls_init_value": None},
+        {"name": "convnextv2_atto"},
+        {"name": "convnextv2_atto", "conv_mlp": False},
+        {"drop_path_rate": 0.5},
+        {"act_layer": "gelu_tanh"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("batch", [0, 1, 5])
 @torch.no_grad()
 def test_computes_what_timms_block_computes(options: dict, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "PIECE_BYTES", 2 * 64 * 16 * 16 * 4)  # two images a piece in the first stage
+    monkeypatch.setattr(block, "PIECE", 100)  # pixels: less than an image in the first stage, more in the last
     plain, ours = convnexts(**options)
     for size in ((64, 64), (97, 45)):
         x = torch.randn(batch, 3, *size)
@@ -50,7 +58,7 @@ def test_trains_as_timms_block_does() -> None:
 
 @torch.no_grad()
 def test_hooks_see_the_whole_batch_and_replaced_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block, "PIECE_BYTES", 1)  # an image a piece
+    monkeypatch.setattr(block, "PIECE", 1)
     plain, ours = convnexts()
     seen = []
     for model in (plain, ours):
@@ -66,7 +74,7 @@ def test_hooks_see_the_whole_batch_and_replaced_modules_are_called(monkeypatch: 
 @torch.no_grad()
 def test_statistics_of_a_batch_are_those_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where BatchNorms are set to train() in a model in eval mode, to adapt them."""
-    monkeypatch.setattr(block, "PIECE_BYTES", 1)
+    monkeypatch.setattr(block, "PIECE", 1)
     plain, ours = convnexts(norm_layer="batchnorm2d", conv_mlp=True)
     for model in (plain, ours):
         for module in model.modules():
@@ -83,3 +91,47 @@ def test_the_plain_engine_has_whole_batches() -> None:
     x = torch.randn(3, 3, 64, 64)
     with mrconvnext.engine("plain"):
         assert torch.equal(ours(x), plain(x))
+
+
+@pytest.mark.skipif(cpu.library().functions is None, reason=cpu.library().description)
+@torch.no_grad()
+def test_where_it_is_timms_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody would see a difference, or what is not PyTorch's own stands in the place of a weight."""
+    calls = []
+    monkeypatch.setattr(block.FusedBlock, "_after_convolution", lambda *args: calls.append(args))
+    x = torch.randn(2, 16, 16, 16)
+
+    def is_fused(change=lambda own: None, x=x) -> bool:
+        own = convnexts()[1].stages[0].blocks[0]
+        change(own)
+        calls.clear()
+        own(x)
+        return bool(calls)
+
+    assert is_fused() and is_fused(lambda own: own.conv_dw.register_forward_hook(lambda *args: None))
+    assert not is_fused(lambda own: own.mlp.fc2.register_forward_pre_hook(lambda *args: None))
+    assert not is_fused(lambda own: own.mlp.drop1.train())
+    assert not is_fused(lambda own: own.double(), x.double())
+    assert not is_fused(lambda own: setattr(own.mlp, "act", nn.ReLU()))
+    assert not is_fused(lambda own: setattr(own.mlp, "fc1", nn.Sequential(own.mlp.fc1)))
+    assert torch.func.vmap(convnexts()[1].stages[0].blocks[0])(x.unsqueeze(1)).shape == (2, 1, 16, 16, 16)
+    assert not calls
+
+
+@pytest.mark.skipif(cpu.library().functions is None, reason=cpu.library().description)
+@pytest.mark.parametrize("vector_bytes", [size for size in library.VECTORS if size <= cpu.library().vector_bytes])
+@pytest.mark.parametrize("columns", [1, 15, 16, 40])
+def test_gelu_and_residual(vector_bytes: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cpu.library()._replace(vector_bytes=vector_bytes)
+    monkeypatch.setattr(cpu, "library", lambda: found)
+    x = torch.cat([torch.linspace(-9, 9, 40 * columns), torch.tensor([1e30, -1e30, 5.6, -5.6] * columns)])
+    x, bias, gamma = x.view(-1, columns).contiguous(), torch.randn(columns) / 9, torch.randn(columns)
+    y, shortcut, out = x.clone(), torch.randn_like(x), torch.empty_like(x)
+    torch.ops.mrconvnext.bias_gelu(y, bias)
+    expected = nn.functional.gelu((x + bias).double())
+    assert ((y - expected).abs() <= 3e-7 * (x + bias).double().abs() + 1e-30).all()
+    torch.ops.mrconvnext.residual(x, bias, gamma, shortcut, out)
+    assert torch.allclose(out, shortcut + gamma * (x + bias), rtol=1e-5)
+    y = torch.full((1, columns), float("nan"))
+    torch.ops.mrconvnext.bias_gelu(y, bias)
+    assert y.isnan().all()

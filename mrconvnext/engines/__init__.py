@@ -17,20 +17,21 @@ _chosen = "auto"
 
 
 class engine:
-    """Chooses the engine of all layers, from now on or, in a ``with`` statement, until its end.
+    """Chooses the engine of all layers, from now on or, in a ``with`` statement, until its end; says which is in use.
 
     Args:
-        name: "auto", the fastest for each tensor; or "plain", PyTorch's FFTs alone.
+        name: "auto", the fastest for each tensor; "plain", PyTorch's FFTs alone; or none, what is in use already.
+            ``str(engine())`` says what that is and why.
 
     Raises:
         ValueError: If there is no such engine.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Optional[str] = None) -> None:
         global _chosen
-        if name not in NAMES:
+        if name is not None and name not in NAMES:
             raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")
-        self._before, _chosen = _chosen, name
+        self._before, _chosen = _chosen, name or _chosen
 
     def __enter__(self) -> "engine":
         return self
@@ -41,12 +42,17 @@ class engine:
         global _chosen
         _chosen = self._before
 
+    def __repr__(self) -> str:
+        if _chosen == "plain":
+            return "plain: PyTorch's FFTs"
+        return f"auto: on CPUs {cpu.library().description}; elsewhere plain"
+
 
 def chosen() -> str:
     """Returns the name of the engine that is in use, one of `NAMES`."""
     return _chosen
 
 
-def serving(x: Tensor) -> ModuleType:
-    """Returns the engine that computes on tensors like ``x``."""
-    return cpu if _chosen == "auto" and x.device.type == "cpu" else plain
+def serving(*tensors: Optional[Tensor]) -> ModuleType:
+    """Returns the engine that computes on such tensors."""
+    return cpu if _chosen == "auto" and cpu.can_serve(*tensors) else plain
