@@ -31,7 +31,7 @@ setup(
             sources=[f"{NATIVE}/cpu.cpp"],
             depends=[f"{NATIVE}/transform.h", f"{NATIVE}/tasks.h"],
             language="c++",
-            extra_compile_args="-std=c++17 -O3 -fno-exceptions -fno-rtti -fvisibility=hidden -Wno-psabi".split(),
+            extra_compile_args="-std=c++17 -O3 -fno-exceptions -fno-rtti -fvisibility=hidden -Wno-psabi -g0".split(),
             optional=True,  # without it the plain engine serves
         )
     ],
