@@ -3,7 +3,7 @@
     python train_imagenet.py --data-dir imagenet --model mrconvnext_tiny --output run          one process
     torchrun --nproc-per-node 8 train_imagenet.py --data-dir imagenet --output run             eight
     python train_imagenet.py --data-dir imagenet --output run --resume auto                    resume
-    python train_imagenet.py --data-dir imagenet --output run --evaluate                       its best weights
+    python train_imagenet.py --output run --evaluate                                           its best weights
 
 The folder --output holds one run: args.yaml, summary.csv, curves.png, checkpoints (last.safetensors,
 previous.safetensors), the best weights (best.safetensors) and, at the end, these ready for the Hub in both forms
@@ -11,9 +11,11 @@ previous.safetensors), the best weights (best.safetensors) and, at the end, thes
 """
 
 import argparse
+import contextlib
 import copy
 import logging
 import sys
+import threading
 from typing import Any, Optional
 
 import mrconvnext
@@ -21,11 +23,14 @@ from mrconvnext import MRConvNeXt
 from training import checkpoints
 from training.arguments import parse_args
 from training.errors import UserError
+from training.files import locked, whole_folder
 from training.output import check_output, write_arguments
 from training.processes import INTERRUPTED, Processes, ending_workers, process_group, signals_call
 from training.run import Run
 
 _logger = logging.getLogger("train_imagenet")
+
+PUBLISHED = ("README.md", "config.json", "model.safetensors")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -46,9 +51,18 @@ def main(argv: Optional[list[str]] = None) -> int:
 def train(args: argparse.Namespace, processes: Processes) -> int:
     """Trains a model from the beginning or from a checkpoint, publishes the best weights, returns the exit status."""
     check_output(args)
-    run = Run(args, processes)
-    if args.resume and run.restore():
-        _logger.info(f"resuming at step {run.progress.step}")
+    stop = threading.Event()
+    with signals_call(stop.set):
+        run = Run(args, processes, stop)
+        if args.resume and run.restore():
+            _logger.info(f"resuming at step {run.progress.step}")
+        with locked(args.output) if processes.rank == 0 else contextlib.nullcontext():
+            return train_and_publish(run)
+
+
+def train_and_publish(run: Run) -> int:
+    """Trains a model to the end or until a signal, publishes the best weights, returns the exit status."""
+    args, processes = run.args, run.processes
     if processes.rank == 0:
         write_arguments(args)
     share, batches = args.global_batch // processes.count, run.loaders.accumulation
@@ -56,8 +70,7 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
         f"{run.loaders.steps} steps an epoch of {args.global_batch} images: {processes.count} processes × "
         f"{batches} batches of {share // batches}"
     )
-    with signals_call(run.request_stop):
-        run.train()
+    run.train()
     if run.stopped:
         _logger.info(f"stopped by a signal at step {run.progress.step}; resume with --resume auto")
         return INTERRUPTED
@@ -74,12 +87,14 @@ def publish(run: Run) -> None:
         raise UserError(str(error)) from error
     model: Any = copy.deepcopy(run.model)
     model.load_state_dict(weights)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": run.data_config["input_size"]}
+    known = {"input_size": run.data_config["input_size"], "label_names": run.class_names}
+    model.pretrained_cfg = {**model.pretrained_cfg, **known}
     images = f"{run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
     metrics = {f"Top-1 (%), {images}": round(run.progress.best, 2), "Epochs": len(run.progress.rows)}
     for form, fused in (("trained", False), ("fused", True)):
         folder = run.args.output / form
-        saved = mrconvnext.save(model, folder, fused=fused, metrics=metrics)
+        with whole_folder(folder, PUBLISHED) as own:
+            saved = mrconvnext.save(model, own, fused=fused, metrics=metrics)
         _logger.info(f"{folder}: {saved}")
 
 

@@ -82,6 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--revision", help="branch (default: the main one)")
     own.add_argument("--commit-message", default="Add model", help="(default: %(default)s)")
 
+    own = command("classify", classify, "print the most probable classes of images")
+    own.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files")
+    own.add_argument("--top", type=positive, default=5, help="number of classes (default: %(default)s)")
+
     command("info", info, "print a checkpoint's form, kernels, grid, parameters and GFLOPs")
     return parser
 
@@ -185,6 +189,21 @@ def push(args: argparse.Namespace) -> int:
             commit_message=args.commit_message,
         )
     )
+    return 0
+
+
+@torch.no_grad()
+def classify(args: argparse.Namespace) -> int:
+    model = load(args)
+    transform = create_transform(**resolve_data_config(model=model))
+    names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    mode = "L" if model.stem[0].in_channels == 1 else "RGB"
+    for file in args.images:
+        with Image.open(file) as image:
+            x = transform(image.convert(mode)).unsqueeze(0)
+        shares, classes = model(x).softmax(-1)[0].topk(min(args.top, model.num_classes))
+        found = ", ".join(f"{names[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), classes.tolist()))
+        print(f"{file}: {found}")
     return 0
 
 

@@ -307,7 +307,9 @@ def _write(
     """Writes a model's files, and reads them back. The arguments are those of `save`, and the name that timm knows."""
     exported = _exported(model, fused)
     arguments = _arguments(exported, model_args)
-    save_for_hf(exported, str(folder), model_args=arguments, safe_serialization=True)
+    names = exported.pretrained_cfg.pop("label_names", None)
+    config = {"label_names": list(names)} if names and len(names) == exported.num_classes else None
+    save_for_hf(exported, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     try:
         with torch.random.fork_rng(devices=[]):  # a run that saves goes on as it would have

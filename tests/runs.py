@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -49,6 +50,19 @@ def main(*arguments: object) -> int:
         return train_imagenet.main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads)
+
+
+def refused(arguments: list, capsys: pytest.CaptureFixture) -> str:
+    """Returns the one line in which a run says why it can't be done."""
+    capsys.readouterr()
+    assert main(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_imagenet.py: ") and error.count("\n") == 1
+    return error
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 class Process:

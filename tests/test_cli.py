@@ -14,6 +14,7 @@ from hub_server import Hub
 from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import save as as_safetensors
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 
 import mrconvnext
@@ -130,6 +131,32 @@ def test_a_damaged_configuration(text: str, tmp_path: Path, capsys: pytest.Captu
     assert run("info", tmp_path) == 1
     assert f"{tmp_path / 'config.json'} is not a model's configuration" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_classify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, names = small_model(), ["a b", "ż", *map(str, range(8))]
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names}
+    mrconvnext.save(model, tmp_path / "named", fused=True)
+    files = [tmp_path / name for name in ("x y.png", "ü.png")]
+    for file in files:
+        Image.effect_noise((80, 70), 60).save(file)
+    assert run("classify", tmp_path / "named", *files, "--top", 10) == 0
+    lines = capsys.readouterr().out.splitlines()
+    again = timm.create_model(f"local-dir:{tmp_path / 'named'}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model=again))
+    for file, line in zip(files, lines, strict=True):
+        with Image.open(file) as image, torch.no_grad():
+            shares = again(transform(image.convert("RGB"))[None]).softmax(-1)[0]
+        best = int(shares.argmax())
+        assert line.startswith(f"{file}: {names[best]} {100 * shares[best]:.1f} %") and all(
+            name in line for name in names
+        )
+    again.reset_classifier(3)
+    mrconvnext.save(again, tmp_path / "other", fused=True)
+    assert run("classify", tmp_path / "other", files[0]) == 0
+    assert "class 2" in capsys.readouterr().out
+    assert run("classify", tmp_path / "named", tmp_path / "nothing.png") == 1
+    assert "nothing.png" in capsys.readouterr().err
 
 
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

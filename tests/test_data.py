@@ -56,8 +56,8 @@ def test_images_of_class_folders(kind: str, data: Path) -> None:
         pack(data)
     else:
         (data / "validation").rename(data / "val")
-    train, validation, classes = open_data(parse_args(["--data-dir", str(data), "--output", "x"]))
-    assert classes == 3 and len(train) == len(validation) == 15
+    train, validation, classes, names = open_data(parse_args(["--data-dir", str(data), "--output", "x"]))
+    assert classes == len(names) == 3 and len(train) == len(validation) == 15
     for split in (train, validation):
         samples = Samples(split, lambda image: image.size, seed=0, train=False)
         sizes, targets, unreadable = zip(*(samples[0, i] for i in range(15)))

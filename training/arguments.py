@@ -2,12 +2,20 @@
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+import yaml
 from timm.utils import ParseKwargs
+
+# Of kernels made for larger images none of their layers would fit into memory.
+LARGEST_SIDE = 4096
+
+# What evaluating a run's weights does not take over: how it started and was called.
+NOT_TAKEN_OVER = ("output", "resume", "evaluate", "pretrained", "finetune", "device", "workers")
 
 
 def positive(text: str) -> int:
@@ -29,6 +37,55 @@ def fraction(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
     return value
+
+
+def amount(text: str) -> float:
+    """Reads a finite number of at least 0."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Reads a finite number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def number(text: str) -> float:
+    """Reads a finite number."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+def part(text: str) -> float:
+    """Reads a number above 0, up to 1."""
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, and at most 1, got {text}")
+    return value
+
+
+def side(text: str) -> int:
+    """Reads the side of an image in pixels."""
+    if not 1 <= (value := int(text)) <= LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {LARGEST_SIDE} pixels, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """Reads an integer that PyTorch takes for a seed."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1, got {text}")
+    return value
+
+
+def folder(text: str) -> Path:
+    """Reads the name of a folder, which is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of a folder, got nothing")
+    return Path(text)
 
 
 class KeyValue(ParseKwargs):
@@ -64,6 +121,9 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
+    if args.evaluate:
+        parser.set_defaults(**arguments_of(args.output))
+        args = parser.parse_args(argv)
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:
@@ -71,6 +131,20 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     if args.evaluate and not args.pretrained and args.finetune is None:
         args.finetune = args.output / "best.safetensors"
     return args
+
+
+def arguments_of(run: Path) -> dict[str, Any]:
+    """Returns the arguments of a run that evaluating its weights takes over: its model and data; none without a run."""
+    file = run / "args.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if name not in NOT_TAKEN_OVER}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +155,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val-split", default="validation", help="(default: %(default)s)")
     add("--dataset-download", action="store_true", help="let the dataset download itself (default: no)")
     add("--num-classes", type=positive, help="number of classes (default: that of the data)")
-    add("--img-size", type=positive, help="side of the images, pixels (default: the model's, 32 for digits)")
-    add("--crop-pct", type=fraction, help="part of an image's side that is evaluated, 0 to 1 (default: the model's)")
+    add("--img-size", type=side, help="side of the images, pixels (default: the model's, 32 for digits)")
+    add("--crop-pct", type=part, help="part of an image's side that is evaluated, 0 to 1 (default: the model's)")
     workers = min(4, os.cpu_count() or 1)
     add("--workers", "-j", type=natural, default=workers, help="processes that read images (default: 4, or the cores)")
     add("--max-unreadable", type=natural, default=100, help="files that may be skipped in an epoch (default: 100)")
@@ -96,7 +170,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetune", type=Path, metavar="FILE", help="start from a file's weights: ours or a ConvNeXt's")
     add("--freeze", nargs="*", default=[], metavar="MODULE", help="modules that are not trained: stem, stages.0, …")
     add("--drop-path", type=fraction, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
-    add("--ls-init", type=float, help="initial value of the layer scales (default: 1e-6)")
+    add("--ls-init", type=number, help="initial value of the layer scales (default: 1e-6)")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
 
 
@@ -108,16 +182,16 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     images = "images at once in a process (default: at most 128 that divide its share)"
     add("--batch-size", "-b", type=positive, help=images)
     add("--opt", default="adamw", help="optimizer, by timm's name (default: %(default)s)")
-    add("--opt-betas", type=float, nargs=2, help="its betas (default: its own)")
-    add("--lr", type=float, default=4e-3, help="learning rate for a global batch of 4096 (default: %(default)s)")
+    add("--opt-betas", type=fraction, nargs=2, help="its betas (default: its own)")
+    add("--lr", type=above_zero, default=4e-3, help="learning rate for a global batch of 4096 (default: %(default)s)")
     add("--no-lr-scaling", action="store_true", help="take --lr as it is, not times global batch / 4096")
-    add("--kernel-lr-scale", type=float, default=0.25, help="factor of the kernels' rate (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="of all but kernels, norms, biases (default: %(default)s)")
-    add("--layer-decay", type=float, help="factor of the learning rate from layer to layer (default: none)")
-    add("--clip-grad", type=float, help="largest norm of the gradient (default: none)")
-    add("--warmup-epochs", type=float, default=20, help="(default: %(default)s)")
-    add("--warmup-lr", type=float, default=0.0, help="learning rate at the start (default: %(default)s)")
-    add("--min-lr", type=float, default=1e-6, help="learning rate at the end (default: %(default)s)")
+    add("--kernel-lr-scale", type=amount, default=0.25, help="factor of the kernels' rate (default: %(default)s)")
+    add("--weight-decay", type=amount, default=0.05, help="of all but kernels, norms, biases (default: %(default)s)")
+    add("--layer-decay", type=part, help="factor of the learning rate from layer to layer (default: none)")
+    add("--clip-grad", type=above_zero, help="largest norm of the gradient (default: none)")
+    add("--warmup-epochs", type=amount, default=20, help="(default: %(default)s)")
+    add("--warmup-lr", type=amount, default=0.0, help="learning rate at the start (default: %(default)s)")
+    add("--min-lr", type=amount, default=1e-6, help="learning rate at the end (default: %(default)s)")
     add(
         "--model-ema-decay", type=fraction, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)"
     )
@@ -129,22 +203,22 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-aug", action="store_true", help="only resize: no flips, mixup, cutmix or smoothing")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment, as timm writes it (default: %(default)s)")
     crop = "part of an image that is cropped (default: 0.08 1)"
-    add("--scale", type=fraction, nargs=2, default=(0.08, 1.0), help=crop)
+    add("--scale", type=part, nargs=2, default=(0.08, 1.0), help=crop)
     add("--hflip", type=fraction, default=0.5, help="probability of a flip (default: %(default)s)")
     add("--reprob", type=fraction, default=0.25, help="probability of random erasing (default: %(default)s)")
-    add("--mixup", type=float, default=0.8, help="alpha of mixup (default: %(default)s)")
-    add("--cutmix", type=float, default=1.0, help="alpha of cutmix (default: %(default)s)")
+    add("--mixup", type=amount, default=0.8, help="alpha of mixup (default: %(default)s)")
+    add("--cutmix", type=amount, default=1.0, help="alpha of cutmix (default: %(default)s)")
     add("--smoothing", type=fraction, default=0.1, help="label smoothing (default: %(default)s)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, required=True, help="folder of the run")
+    add("--output", type=folder, required=True, help="folder of the run")
     resume = '"auto": resume from the newest complete checkpoint, if there is one'
     add("--resume", default="", choices=("", "auto"), help=resume)
     evaluate = "evaluate the run's best weights, or those given, as they are and deployed"
     add("--evaluate", action="store_true", help=evaluate)
-    add("--seed", type=natural, default=42, help="(default: %(default)s)")
+    add("--seed", type=seed, default=42, help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=device, help="(default: %(default)s)")
     add("--model-dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")

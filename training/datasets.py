@@ -44,11 +44,12 @@ class Digits(Dataset):
 
 
 class Data(NamedTuple):
-    """The images of both splits, without transforms, and the number of their classes."""
+    """The images of both splits, without transforms, the number of their classes, and the names if they have some."""
 
     train: Any
     validation: Any
     classes: int
+    names: Optional[list[str]] = None
 
 
 def open_data(args: argparse.Namespace) -> Data:
@@ -70,7 +71,7 @@ def open_data(args: argparse.Namespace) -> Data:
         raise UserError(f"--data-dir {args.data_dir} has one class only: {names[0]}")
     if args.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {args.num_classes} and the data's {len(names)} classes disagree")
-    return Data(train, validation, len(names))
+    return Data(train, validation, len(names), names)
 
 
 def open_dataset(args: argparse.Namespace, train: bool) -> Any:

@@ -3,7 +3,7 @@
 import argparse
 import csv
 import importlib.util
-import os
+import logging
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +12,9 @@ import yaml
 from .arguments import to_plain
 from .checkpoints import LAST, PREVIOUS
 from .errors import UserError
+from .files import whole
+
+_logger = logging.getLogger(__name__)
 
 ARGUMENTS = "args.yaml"
 
@@ -30,7 +33,14 @@ def check_output(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} holds another run: give --resume auto, or another folder")
     file = args.output / ARGUMENTS
     if file.is_file():
-        check_same(args, yaml.safe_load(file.read_text()) or {})
+        try:
+            earlier = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            earlier = error
+        if isinstance(earlier, dict):
+            check_same(args, earlier)
+        else:
+            _logger.warning(f"{file} is damaged: the arguments in the checkpoint count")
 
 
 def check_same(args: argparse.Namespace, earlier: dict[str, Any]) -> None:
@@ -47,11 +57,9 @@ def check_same(args: argparse.Namespace, earlier: dict[str, Any]) -> None:
 
 
 def write_arguments(args: argparse.Namespace) -> None:
-    """Writes args.yaml, after making the folder of the run."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    temporary = args.output / f".{ARGUMENTS}.writing"
-    temporary.write_text(yaml.safe_dump(to_plain(args)))
-    os.replace(temporary, args.output / ARGUMENTS)
+    """Writes args.yaml."""
+    with whole(args.output / ARGUMENTS) as temporary:
+        temporary.write_text(yaml.safe_dump(to_plain(args)))
 
 
 class Summary:
@@ -72,16 +80,15 @@ class Summary:
 
     def write(self, rows: list[dict[str, float]]) -> None:
         """Writes all epochs so far, the last of them new."""
-        temporary = self.folder / ".summary.csv.writing"
-        with open(temporary, "w", newline="") as file:
+        with whole(self.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as file:
             table = csv.DictWriter(file, fieldnames=rows[0].keys())
             table.writeheader()
             table.writerows(rows)
-        os.replace(temporary, self.folder / "summary.csv")
         if importlib.util.find_spec("matplotlib") is not None:
             from .plots import plot_training
 
-            plot_training(rows).savefig(self.folder / "curves.png", dpi=100)
+            with whole(self.folder / "curves.png") as temporary:
+                plot_training(rows).savefig(temporary, dpi=100)
         if self.writer is not None:
             for name, value in rows[-1].items():
                 self.writer.add_scalar(name, value, global_step=len(rows) - 1)

@@ -5,8 +5,10 @@ import dataclasses
 import logging
 import math
 import sys
+import threading
 from typing import Optional
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -50,15 +52,17 @@ class Run:
     Args:
         args: The run's arguments.
         processes: This process among those of the run.
+        stop: Ends training after the step that is being taken, once it is set.
 
     Raises:
         UserError: If the arguments ask for what cannot be done.
     """
 
-    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
-        self.args, self.processes = args, processes
+    def __init__(self, args: argparse.Namespace, processes: Processes, stop: Optional[threading.Event] = None) -> None:
+        self.args, self.processes, self.stop = args, processes, stop or threading.Event()
         seed_all(args.seed)
         data = open_data(args)
+        self.class_names = data.names
         self.precision = Precision.of(args, processes.device)
         self.model = self.precision.model(make_model(args, data.classes))
         self.data_config = data_config(self.model, args)
@@ -67,18 +71,21 @@ class Run:
         self.unreadable = UnreadableFiles(args.max_unreadable)
         self.progress = Progress()
         self.summary: Optional[Summary] = None  # of the first process, once it trains
-        self.stop_requested = False  # of this process
         self.stopped = False  # of all processes
 
-    def request_stop(self) -> None:
-        """Ends training after the step that is being taken."""
-        self.stop_requested = True
-
     def save(self) -> None:
-        """Writes a checkpoint, on which all the rest of the run depends and on nothing else: seeds follow from it."""
+        """Writes a checkpoint, on which all the rest of the run depends and on nothing else: seeds follow from it.
+
+        Raises:
+            UserError: If there is something in it that is not finite. The checkpoints before it stay.
+        """
         if self.processes.rank != 0:
             return
         tensors, state = self.trainer.state()
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                good = checkpoints.describe_last_good(self.args.output, self.progress.step)
+                raise UserError(f"{name} is not finite after step {self.progress.step}; {good}")
         state |= {**dataclasses.asdict(self.progress), "unreadable": self.unreadable.names}
         checkpoints.write_last(self.args.output, tensors, {**state, "arguments": to_plain(self.args)})
 
@@ -136,7 +143,7 @@ class Run:
             ended = number == steps - 1
             if ended or (number + 1) % args.log_interval == 0:
                 self._log_step(epoch, number, clock)
-            (requests,) = self.processes.total(float(self.stop_requested))
+            (requests,) = self.processes.total(float(self.stop.is_set()))
             self.stopped = requests > 0
             if ended or self.stopped or progress.step % args.checkpoint_interval == 0:
                 self.save()
@@ -156,6 +163,9 @@ class Run:
         best, best_model = -math.inf, self.model
         for prefix, model in self.trainer.models().items():
             row |= {f"{prefix}{name}": value for name, value in self.evaluate(model).items()}
+            if not math.isfinite(row[f"{prefix}loss"]):
+                good = checkpoints.describe_last_good(self.args.output, progress.step)
+                raise UserError(f"the loss of evaluation is {row[f'{prefix}loss']} after epoch {epoch}; {good}")
             if row[f"{prefix}top1"] >= best:
                 best, best_model = row[f"{prefix}top1"], model
         progress.losses, self.unreadable.names = [], []

@@ -5,6 +5,7 @@ Files that can't be read are replaced by others, named and counted.
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from .seeds import derived_seed, seed_all
 
 _logger = logging.getLogger(__name__)
 
-# What Pillow raises for files that are not images, or only parts of one.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What may stand in an image file, by Pillow's names. Its other readers are seldom used, and may run programs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
 # The target of an image that stands in for an unreadable one where each image counts.
 NO_TARGET = -1
@@ -69,7 +70,7 @@ class Samples(Dataset):
             i %= len(self)
             try:
                 image, target = self._read(i)
-            except UNREADABLE as error:
+            except Exception as error:  # Pillow's readers raise whatever damaged files make them raise
                 unreadable.append(f"{self._name(i)} ({error})")
             else:
                 if unreadable and not self.train:
@@ -80,10 +81,13 @@ class Samples(Dataset):
     def _read(self, index: int) -> tuple[Image.Image, int]:
         if not isinstance(self.dataset, ImageDataset):
             image, target = self.dataset[index]
-            return image.convert("RGB"), target
+            return as_rgb(image), target
+        name = self._name(index)
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise OSError("it is not a file")  # but a pipe or the like, which would be waited for
         file, target, *_ = self.dataset.reader[index]  # timm's dataset would skip what can't be read
-        with file, Image.open(file) as image:
-            return image.convert("RGB"), target
+        with file, Image.open(file, formats=FORMATS) as image:
+            return as_rgb(image), target
 
     def _transformed(self, image: Image.Image, epoch: int, index: int) -> Any:
         for draw in range(DRAWS):
@@ -109,6 +113,19 @@ class Redrawn:
             with contextlib.suppress(ValueError):
                 return self.transform(image)
         return self.transform(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image in RGB. Of 16 bits the higher 8 are taken, where Pillow would make white of all but the lowest.
+
+    Raises:
+        ValueError: If its pixels are floating-point numbers, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    return image.convert("RGB")
 
 
 class UnreadableFiles:

@@ -75,6 +75,10 @@ class Trainer:
         self.model, self.args, self.processes, self.precision = model, args, processes, precision
         self.accumulation = loaders.accumulation
         self.optimizer = make_optimizer(model, args)
+        try:
+            checkpoints.check_resumable(lambda module: make_optimizer(module, args))
+        except ValueError as error:
+            raise UserError(f"--opt {args.opt}: {error}") from error
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             num_epochs=args.epochs,
