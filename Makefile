@@ -4,6 +4,7 @@
 # make timm        run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
 # make lint        check the code's style and types
 # make clients     try real clients of the models (torchao, peft, accelerate, …) in an environment of their own
+# make attack      kill runs at random moments and damage their folders: ten minutes
 # make sanitize    run the tests of the compiled engine with AddressSanitizer and UndefinedBehaviorSanitizer in it
 # make newest      run the contract tests with timm's newest release, and say which signatures moved
 PYTHON ?= python3
@@ -11,7 +12,7 @@ MODELS ?= atto tiny v2_atto
 BIN := .venv/bin
 SOURCES := mrconvnext training benchmarking experiments scripts train_imagenet.py benchmark_throughput.py
 
-.PHONY: demo test quick timm lint clients sanitize newest
+.PHONY: demo test quick timm lint clients attack sanitize newest
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py --output demo-output
@@ -33,6 +34,9 @@ lint: .venv/installed
 
 clients: .venv-clients/installed
 	.venv-clients/bin/python -m scripts.clients
+
+attack: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.attack
 
 sanitize: .venv/installed
 	scripts/sanitize.sh $(BIN)/python

@@ -127,6 +127,12 @@ def test_damaged_arguments_are_those_of_the_checkpoint(
     assert {name for name in own if own[name] != other[name]} == {"output", "resume"}
 
 
+def test_a_damaged_summary_is_written_anew(copied: Path, finished: Path, options: list[str]) -> None:
+    (copied / "summary.csv").write_bytes(b"epoch,lr\n")
+    assert main(*options, *EPOCHS, "--output", copied, "--resume", "auto") == 0
+    assert (copied / "summary.csv").read_bytes() == (finished / "summary.csv").read_bytes()
+
+
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.95])
 def test_a_changed_bit_of_a_checkpoint_is_seen(
     place: float, copied: Path, finished: Path, options: list[str], caplog
