@@ -86,6 +86,17 @@ def test_statistics_of_a_batch_are_those_of_the_whole_batch(monkeypatch: pytest.
 
 
 @torch.no_grad()
+def test_weights_of_any_order_in_memory() -> None:
+    plain, ours = convnexts()
+    for model in (plain, ours):
+        own = model.stages[0].blocks[0]
+        own.gamma = nn.Parameter(own.gamma[:1].clone().expand(16))
+        own.mlp.fc1.bias = nn.Parameter(torch.stack([own.mlp.fc1.bias, -own.mlp.fc1.bias], dim=1)[:, 0])
+    x = torch.randn(2, 3, 64, 64)
+    assert_agree(ours(x), plain(x))
+
+
+@torch.no_grad()
 def test_the_plain_engine_has_whole_batches() -> None:
     plain, ours = convnexts()
     x = torch.randn(3, 3, 64, 64)

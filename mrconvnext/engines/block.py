@@ -127,7 +127,7 @@ class FusedBlock(ConvNeXtBlock):
         found.append(torch.ones_like(found[1]) if self.gamma is None else self.gamma)
         if serving(x, *found) is not cpu or any(own.dtype != torch.float32 for own in (x, *found)):
             return None
-        return Weights(*(own.flatten(1) if own.dim() == 4 else own for own in found))  # a convolution of one pixel
+        return Weights(*(own.flatten(1) if own.dim() == 4 else own.contiguous() for own in found))  # 4: of one pixel
 
     def __prepare_scriptable__(self) -> ConvNeXtBlock:
         """Returns timm's block with these modules: the one that TorchScript compiles."""
