@@ -27,6 +27,8 @@ from training.trainer import Trainer
 STEPS = 5  # of an epoch
 EPOCHS = ["--epochs", 2]
 
+pytestmark = pytest.mark.slow  # all of them together
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -149,7 +151,6 @@ def test_a_changed_bit_of_a_checkpoint_is_seen(
 # Two runs in a folder
 
 
-@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused(options: list[str], tmp_path: Path) -> None:
     """By a lock that goes with the process that has it."""
     arguments = [*options, "--epochs", 500, "--output", tmp_path / "run", "--resume", "auto"]
