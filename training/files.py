@@ -31,6 +31,8 @@ def whole(file: Path) -> Iterator[Path]:
         synchronise(room / file.name)
         os.replace(room / file.name, file)
         synchronise(file.parent)
+    except OSError as error:
+        raise OSError(f"{file} can't be written: {error}") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
 

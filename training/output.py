@@ -80,20 +80,20 @@ class Summary:
 
     def write(self, rows: list[dict[str, float]]) -> None:
         """Writes all epochs so far, the last of them new."""
-        self.write_files(rows)
-        if self.writer is not None:
-            for name, value in rows[-1].items():
-                self.writer.add_scalar(name, value, global_step=len(rows) - 1)
-            self.writer.flush()
-
-    def write_files(self, rows: list[dict[str, float]]) -> None:
-        """Writes all epochs so far, but not for TensorBoard."""
-        with whole(self.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as file:
-            table = csv.DictWriter(file, fieldnames=rows[0].keys())
-            table.writeheader()
-            table.writerows(rows)
+        self.write_table(rows)
         if importlib.util.find_spec("matplotlib") is not None:
             from .plots import plot_training
 
             with whole(self.folder / "curves.png") as temporary:
                 plot_training(rows).savefig(temporary, dpi=100)
+        if self.writer is not None:
+            for name, value in rows[-1].items():
+                self.writer.add_scalar(name, value, global_step=len(rows) - 1)
+            self.writer.flush()
+
+    def write_table(self, rows: list[dict[str, float]]) -> None:
+        """Writes summary.csv."""
+        with whole(self.folder / "summary.csv") as temporary, open(temporary, "w", newline="") as file:
+            table = csv.DictWriter(file, fieldnames=rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)

@@ -118,8 +118,8 @@ class Run:
         progress, steps = self.progress, self.loaders.steps
         if self.processes.rank == 0:
             self.summary = Summary(self.args.output, epoch=len(progress.rows))
-            if progress.rows:  # the files may have been damaged; the checkpoint has all of them
-                self.summary.write_files(progress.rows)
+            if progress.rows:  # the file may have been damaged; the checkpoint has all of them
+                self.summary.write_table(progress.rows)
         while len(progress.rows) < self.args.epochs:
             epoch = len(progress.rows)
             first = progress.step - epoch * steps
