@@ -28,3 +28,40 @@ def hub() -> Iterator[Hub]:
     yield SERVER.hub
     SERVER.hub = Hub(SERVER.address)
     shutil.rmtree(Path(HOME.name, "hub"), ignore_errors=True)
+
+
+# A small run of train_imagenet.py. What it takes is imported only where a test asks for it.
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from runs import write_images
+
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(images: Path) -> list[str]:
+    """A recipe with all kinds of random numbers."""
+    from runs import MODEL
+
+    recipe = "--global-batch 24 --batch-size 12 --model-ema-decay 0.9 --drop-path 0.2 --checkpoint-interval 2".split()
+    return ["--data-dir", str(images), *MODEL, *recipe]
+
+
+@pytest.fixture(scope="module")
+def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that came to its end. Not to be changed."""
+    from runs import EPOCHS, main
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(*options, *EPOCHS, "--output", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

@@ -35,6 +35,10 @@ RECIPE += ["--img-size", "32"]
 MODEL = ["--model", "mrconvnext_atto", *TINY, *RECIPE]
 CONVNEXT = ["--model", "convnext_atto", *TINY, *RECIPE]
 
+# Of the run that tests share: steps of an epoch, and epochs.
+STEPS = 5
+EPOCHS = ["--epochs", "2"]
+
 # The same steps whatever the processes and batches that take them: no augmentation, and rounding that makes little.
 EXACT = "--dataset digits --model-dtype float64 --opt sgd --lr 0.05 --no-aug --drop-path 0 --epochs 1".split()
 

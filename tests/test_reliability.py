@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from runs import MODEL, Process, assert_same_run, contents, main, refused, write_images
+from runs import EPOCHS, STEPS, Process, assert_same_run, contents, main, refused
 from torch import nn
 
 import mrconvnext
@@ -24,37 +24,7 @@ from training.model import make_optimizer
 from training.samples import as_rgb
 from training.trainer import Trainer
 
-STEPS = 5  # of an epoch
-EPOCHS = ["--epochs", 2]
-
 pytestmark = pytest.mark.slow  # all of them together
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(images: Path) -> list[str]:
-    recipe = "--global-batch 24 --batch-size 12 --model-ema-decay 0.9 --checkpoint-interval 2".split()
-    return ["--data-dir", str(images), *MODEL, *recipe]
-
-
-@pytest.fixture(scope="module")
-def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that came to its end. Not to be changed."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(*options, *EPOCHS, "--output", folder) == 0
-    return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 def step_of(file: Path) -> int:

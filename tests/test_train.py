@@ -5,7 +5,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,8 +16,9 @@ import yaml
 from PIL import Image
 from runs import (
     ALONE,
-    MODEL,
+    EPOCHS,
     SCRIPT,
+    STEPS,
     TINY,
     Process,
     assert_same_run,
@@ -31,7 +31,6 @@ from runs import (
     rows,
     steps_of,
     weights,
-    write_images,
 )
 from safetensors.torch import load_file
 from torchvision.datasets import ImageFolder
@@ -40,38 +39,6 @@ from training import checkpoints
 from training.arguments import parse_args
 from training.processes import INTERRUPTED
 from training.run import Run
-
-STEPS = 5  # of an epoch
-EPOCHS = ["--epochs", "2"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(images: Path) -> list[str]:
-    """A recipe with all kinds of random numbers."""
-    recipe = "--global-batch 24 --batch-size 12 --model-ema-decay 0.9 --drop-path 0.2 --checkpoint-interval 2".split()
-    return ["--data-dir", str(images), *MODEL, *recipe]
-
-
-@pytest.fixture(scope="module")
-def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that came to its end. Not to be changed."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert main(*options, *EPOCHS, "--output", folder) == 0
-    return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be changed."""
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
 
 # What a run leaves
 

@@ -101,7 +101,7 @@ class FusedBlock(ConvNeXtBlock):
     ) -> None:
         """Writes to ``out`` what the block makes of its convolution's output ``y`` and of its input, (rows, C)."""
         hidden, product = _matrices(len(y), len(weights.first), y.shape[1])
-        y = F.layer_norm(y, y.shape[1:], weights.norm, weights.norm_bias, self.norm.eps)
+        y = F.layer_norm(y, y.shape[1:], weight=weights.norm, bias=weights.norm_bias, eps=self.norm.eps)
         torch.mm(y, weights.first.t(), out=hidden)
         torch.ops.mrconvnext.bias_gelu(hidden, weights.first_bias)
         if type(self.mlp) is GlobalResponseNormMlp:
