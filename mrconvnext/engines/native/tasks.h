@@ -181,11 +181,11 @@ static TARGET void kernel_spectrum(const Plan &plan, int64_t row, Group group, v
     int64_t taps = 2 * job->reach + 1;
     pack((const Real *)job->kernel + row * taps, taps, group.channels, taps, copy);
     first(plan, Lags{(const Real *)job->zeta, copy + job->reach, job->reach, job->n, (Real)1 / (Real)job->n}, k);
-    walk(plan, Forward{k});
+    walk(plan, Forward{{k}});
 }
 static TARGET void lags_of(const Plan &plan, complex *z, vec *middle) {
     const Job *job = plan.job;
-    walk(plan, Inverse{z});
+    walk(plan, Inverse{{z}});
     last(plan, z, ToLags{(const Real *)job->zeta, middle, job->reach, job->n, (Real)1 / (Real)job->n});
 }
 
@@ -206,7 +206,7 @@ static TARGET void convolve(const Job *job) {
         image_spectrum(plan, x, image, group.start, group, none.lanes, buffers.copy, z);
         Real *lanes = y.lanes(image, row, group, buffers.copy);
         const Real *next = x.lanes(image + 1 < job->images ? image + 1 : image, group.start, group, buffers.copy);
-        walk(plan, Multiply{z, k, next, x.stride(group), lanes, y.stride(group), job->pixels});
+        walk(plan, Multiply{{z}, k, next, x.stride(group), lanes, y.stride(group), job->pixels});
         last(plan, z, ToPixels{job->pixel_of, (const Real *)job->zeta, lanes, y.stride(group), bias.lanes, 0});
         y.write(image, row, group, buffers.copy);
     }
@@ -231,12 +231,12 @@ static TARGET void gradients(const Job *job) {
         Values none(nullptr, 0, 0);
         for (int64_t image = chunk * job->chunk; image < end_of(job, chunk); image++) {
             image_spectrum(plan, x, image, group.start, group, none.lanes, buffers.copy, x_spectrum);
-            walk(plan, Forward{x_spectrum});
+            walk(plan, Forward{{x_spectrum}});
             Real *lanes = y.lanes(image, group.start, group, buffers.other_copy);
             for (int64_t branch = 0; branch < job->branches; branch++) {
                 int64_t row = branch * job->channels + group.start;
                 image_spectrum(plan, grad, image, row, group, none.lanes, buffers.copy, z);
-                walk(plan, Correlate{z, x_spectrum, k + branch * job->n, cross + branch * groups(job) * job->n});
+                walk(plan, Correlate{{z}, x_spectrum, k + branch * job->n, cross + branch * groups(job) * job->n});
                 const Real *base = branch == 0 ? none.lanes : lanes;
                 last(plan, z,
                      ToPixels{job->pixel_of, (const Real *)job->zeta, lanes, y.stride(group), base,
@@ -280,7 +280,7 @@ static TARGET void powers(const Job *job) {
         Values mean(job->mean, group.start, group.channels);
         for (int64_t image = chunk * job->chunk; image < end_of(job, chunk); image++) {
             image_spectrum(plan, x, image, group.start, group, mean.lanes, buffers.copy, buffers.spectra);
-            walk(plan, Power{buffers.spectra, sum});
+            walk(plan, Power{{buffers.spectra}, sum});
         }
     }
 }

@@ -220,12 +220,19 @@ static TARGET void walk(const Plan &plan, Step step) {
     walk(plan, 1, 0, plan.job->radix[0], plan.job->n, step);
 }
 
-struct Forward {  // to a spectrum
+// Down to the leaves and up again; a step that goes one way alone has nothing to do on the other.
+struct Passes {
     complex *z;
     template <int R>
     TARGET void down(int64_t at, int64_t m, const Real *w) {
         forward_pass<R>(z + at, m, w);
     }
+    template <int R>
+    TARGET void up(int64_t at, int64_t m, const Real *w) {
+        inverse_pass<R>(z + at, m, w);
+    }
+};
+struct Forward : Passes {  // to a spectrum
     template <int R>
     TARGET void leaf(int64_t at) {
         complex y[R];
@@ -236,8 +243,7 @@ struct Forward {  // to a spectrum
     template <int R>
     TARGET void up(int64_t, int64_t, const Real *) {}
 };
-struct Inverse {  // from a spectrum
-    complex *z;
+struct Inverse : Passes {  // from a spectrum
     template <int R>
     TARGET void down(int64_t, int64_t, const Real *) {}
     template <int R>
@@ -247,13 +253,8 @@ struct Inverse {  // from a spectrum
 #pragma GCC unroll 16
         for (int a = 0; a < R; a++) z[at + a] = y[a];
     }
-    template <int R>
-    TARGET void up(int64_t at, int64_t m, const Real *w) {
-        inverse_pass<R>(z + at, m, w);
-    }
 };
-struct Multiply {  // by the spectrum k
-    complex *z;
+struct Multiply : Passes {  // by the spectrum k
     const complex *k;
     // Lanes that are read and written after this, whose memory is asked for meanwhile.
     const Real *next;
@@ -261,10 +262,6 @@ struct Multiply {  // by the spectrum k
     Real *out;
     int64_t out_stride, pixels;
 
-    template <int R>
-    TARGET void down(int64_t at, int64_t m, const Real *w) {
-        forward_pass<R>(z + at, m, w);
-    }
     template <int R>
     TARGET void leaf(int64_t at) {
         complex y[R];
@@ -277,19 +274,10 @@ struct Multiply {  // by the spectrum k
         }
         leaf_pass<R, 1>(y, z + at);
     }
-    template <int R>
-    TARGET void up(int64_t at, int64_t m, const Real *w) {
-        inverse_pass<R>(z + at, m, w);
-    }
 };
-struct Correlate {  // the gradient z with the images' spectrum x, added to cross; then z by conj(k)
-    complex *z;
+struct Correlate : Passes {  // the gradient z with the images' spectrum x, added to cross; then z by conj(k)
     const complex *x, *k;
     complex *cross;
-    template <int R>
-    TARGET void down(int64_t at, int64_t m, const Real *w) {
-        forward_pass<R>(z + at, m, w);
-    }
     template <int R>
     TARGET void leaf(int64_t at) {
         complex y[R];
@@ -301,18 +289,9 @@ struct Correlate {  // the gradient z with the images' spectrum x, added to cros
         }
         leaf_pass<R, 1>(y, z + at);
     }
-    template <int R>
-    TARGET void up(int64_t at, int64_t m, const Real *w) {
-        inverse_pass<R>(z + at, m, w);
-    }
 };
-struct Power {  // of the sequences z, added to sum
-    complex *z;
+struct Power : Passes {  // of the sequences z, added to sum
     vec *sum;
-    template <int R>
-    TARGET void down(int64_t at, int64_t m, const Real *w) {
-        forward_pass<R>(z + at, m, w);
-    }
     template <int R>
     TARGET void leaf(int64_t at) {
         complex y[R];
