@@ -29,7 +29,7 @@ setup(
         Extension(
             "mrconvnext.engines._native",
             sources=[f"{NATIVE}/cpu.cpp"],
-            depends=[f"{NATIVE}/transform.h", f"{NATIVE}/tasks.h"],
+            depends=[f"{NATIVE}/transform.h", f"{NATIVE}/tasks.h", f"{NATIVE}/pointwise.h"],
             language="c++",
             extra_compile_args="-std=c++17 -O3 -fno-exceptions -fno-rtti -fvisibility=hidden -Wno-psabi -g0".split(),
             optional=True,  # without it the plain engine serves

@@ -13,6 +13,7 @@ def is_in_backward_pass() -> bool:
     return current is not None and current() != -1
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Returns whether something is called before or after a module's forward. True where PyTorch can't tell."""
-    return bool(getattr(module, "_forward_hooks", True)) or bool(getattr(module, "_forward_pre_hooks", True))
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether something is called before or after a module's forward or backward. True where one can't tell."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(bool(getattr(module, kind, True)) for kind in kinds)

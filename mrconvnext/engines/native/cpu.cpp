@@ -33,9 +33,13 @@ struct Job {
 
 // What a block does to the features (rows, columns) between its products of matrices, of float.
 struct Features {
-    void *x;                              // of the product
-    const void *bias, *gamma, *shortcut;  // (columns), (columns) and (rows, columns); the last two of a residual
-    void *y;                              // (rows, columns), of a residual
+    const void *x;         // (rows, columns), of a product
+    const void *bias;      // (columns)
+    void *y;               // result, (rows, columns)
+    void *grad;            // (rows, columns), of a backward pass
+    const void *shortcut;  // (rows, columns), as the next two of a residual
+    const void *gamma;     // (columns)
+    const void *scale;     // (rows), or none
     int64_t rows, columns, threads, vector_bytes;
 };
 
@@ -185,4 +189,5 @@ OPERATIONS(float)
 OPERATIONS(double)
 
 EXPORT void bias_gelu(const Features *job) { RUN(bias_gelu, float); }
+EXPORT void bias_gelu_backward(const Features *job) { RUN(bias_gelu_backward, float); }
 EXPORT void residual(const Features *job) { RUN(residual, float); }
