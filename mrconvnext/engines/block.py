@@ -19,7 +19,7 @@ from ..constants import is_wrapped
 from . import cpu, serving
 
 # Pixels whose hidden features, the largest of a block, are computed at a time: few enough for a cache to hold them.
-PIECE = 1024
+PIECE = 2048
 
 
 # What a block of timm's is made of.

@@ -24,7 +24,7 @@ RADIX_COST = {2: 8.0, 3: 11.3, 4: 11.0, 5: 14.4, 7: 17.7, 8: 14.5, 16: 19.0}
 CHUNK, CHUNKS = 16, 8
 
 # Scratch memory that a thread of Python keeps for its next call, in bytes.
-SCRATCH_KEPT = 64 * 2**20
+SCRATCH_KEPT = 128 * 2**20
 
 # Positions that the tables can tell apart.
 LARGEST = 2**30
