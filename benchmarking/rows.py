@@ -11,7 +11,7 @@ from timm.models import is_model_in_modules
 # The forms that a model of a timm module is measured in, the first as it is made.
 FORMS = {"mrconvnext": ("training form", "deployed"), "convnext": ("default", "conv_mlp", "fused blocks")}
 
-# Forms that are made of another one's weights and give the same logits, in evaluation alone.
+# Forms that are made of another one's weights and give the same logits.
 DERIVED = {"deployed": "training form", "fused blocks": "default"}
 
 
@@ -64,8 +64,7 @@ def forms_of(model: str, args: argparse.Namespace) -> list[str]:
     name = model.split(":")[0]
     families = (forms for module, forms in FORMS.items() if is_model_in_modules(name, module_names=[module]))
     forms = list(next(families, ("default",)))
-    if args.train:
-        return [form for form in forms if form not in DERIVED]
+    excluded = {"deployed"} if args.train else set()
     if args.compile or args.device != "cpu":
-        return [form for form in forms if form != "fused blocks"]  # timm's own there
-    return forms
+        excluded.add("fused blocks")  # timm's own there
+    return [form for form in forms if form not in excluded]

@@ -4,7 +4,8 @@
 
 Alone, a layer is called again and again, everything in the caches that fits there. In its model it comes after other
 layers, which have filled them. Milliseconds, medians over the rounds that both take turns in; the last line of a batch
-size is the sum over the 18 layers of a model.
+size is the sum over the 18 layers of a model. "At least" is what the arithmetic alone takes at the speed of PyTorch's
+matrix products: the passes of the compiled library's transforms of images and kernels, or 49 multiply-adds a pixel.
 """
 
 import argparse
@@ -18,9 +19,16 @@ import torch
 from torch import Tensor
 
 import mrconvnext
+from mrconvnext.engines import cpu
 from mrconvnext.engines.block import use_fused_blocks
 
 NAMES = ("ours", "depthwise")
+
+# Channels and side of the maps of each stage, and columns between their rows.
+STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
+GUARD = 3
+
+KINDS = ("alone: ours", "in the model: ours", "at least: ours")
 
 
 @torch.no_grad()
@@ -33,8 +41,10 @@ def main() -> None:
     ours: Any = timm.create_model("mrconvnext_tiny").eval()
     convnext: Any = timm.create_model("convnext_tiny").eval()
     models = {"ours": ours.reparameterize(), "depthwise": use_fused_blocks(convnext)}
+    rate = multiply_adds_per_millisecond(args.rounds)
+    print(f"matrix products: {2e-6 * rate:.0f} GFLOP/s\n")
     for batch in args.batch_sizes:
-        print_table(batch, alone(models, batch, args.rounds), in_model(models, batch, args.rounds))
+        print_table(batch, alone(models, batch, args.rounds), in_model(models, batch, args.rounds), floor(batch, rate))
 
 
 def layers_of(model: Any) -> list[tuple[int, Any]]:
@@ -45,7 +55,7 @@ def layers_of(model: Any) -> list[tuple[int, Any]]:
 def alone(models: dict[str, Any], batch: int, rounds: int) -> list[dict[str, float]]:
     """Returns for each stage the milliseconds of one layer of each model."""
     found = []
-    for stage, (channels, side) in enumerate(((96, 56), (192, 28), (384, 14), (768, 7))):
+    for stage, (channels, side) in enumerate(STAGES):
         x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         layers = {name: model.stages[stage].blocks[0].conv_dw for name, model in models.items()}
         times: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -75,6 +85,22 @@ def in_model(models: dict[str, Any], batch: int, rounds: int) -> list[dict[str, 
     return [{name: statistics.median(times[stage, name]) for name in NAMES} for stage in range(4)]
 
 
+def floor(batch: int, rate: float) -> list[dict[str, float]]:
+    """Returns for each stage the milliseconds that a layer's arithmetic takes at a rate of multiply-adds."""
+    found = []
+    for channels, side in STAGES:
+        plan = cpu.plan_for(side, side, GUARD, side * (side + GUARD) - 1, torch.float32)
+        transform = plan.n * sum(cpu.RADIX_COST[radix] - cpu.COST_OF_MEMORY for radix in plan.radices)
+        ours = channels * ((2 * batch + 1) * transform + 4 * batch * plan.n)  # with a product of complex numbers
+        found.append({"ours": ours / rate, "depthwise": batch * channels * side**2 * 49 / rate})
+    return found
+
+
+def multiply_adds_per_millisecond(rounds: int) -> float:
+    a, b = torch.randn(2, 1024, 1024)
+    return 1024**3 / statistics.median(milliseconds(lambda x: x @ b, a) for _ in range(rounds))
+
+
 def timed(function: Callable, times: list[float]) -> Callable:
     def call(x: Tensor) -> Tensor:
         start = time.perf_counter()
@@ -92,8 +118,8 @@ def milliseconds(function: Callable, x: Tensor) -> float:
 
 
 def print_table(batch: int, *tables: list[dict[str, float]]) -> None:
-    print("| batch | stage | alone: ours | depthwise | ratio | in the model: ours | depthwise | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| batch | stage | {' | depthwise | ratio | '.join(KINDS)} | depthwise | ratio |")
+    print(f"| --- | --- {3 * len(tables) * '| --- '}|")
     sums = [{name: sum(n * row[name] for n, row in zip((3, 3, 9, 3), table)) for name in NAMES} for table in tables]
     for stage, rows in [*enumerate(zip(*tables), start=1), ("all 18", sums)]:
         cells = [f"{row['ours']:.3f} | {row['depthwise']:.3f} | {row['ours'] / row['depthwise']:.2f}" for row in rows]

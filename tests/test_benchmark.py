@@ -209,11 +209,12 @@ def test_training_steps(times_only: None, tmp_path: Path) -> None:
     parseval = f"{OURS}:branch_norm=parseval"
     assert script.main(arguments(tmp_path, "--train", "--steps", "2", models=(OURS, parseval, CONVNEXT))) == 0
     rows = rows_of(tmp_path)
-    forms = [(OURS, "training form"), (parseval, "training form"), (CONVNEXT, "default"), (CONVNEXT, "conv_mlp")]
+    convnext_forms = [(CONVNEXT, form) for form in ("default", "conv_mlp", "fused blocks")]
+    forms = [(OURS, "training form"), (parseval, "training form"), *convnext_forms]
     assert list(rows) == forms and float(rows[OURS, "training form"]["ratio"]) == 1
     assert all(float(row["ratio"]) > 0 and row["mode"] == "training step" for row in rows.values())
     full = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [len(row["rounds_ms"]) for row in full["rows"]] == [2] * 4
+    assert [len(row["rounds_ms"]) for row in full["rows"]] == [2] * 5
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from ..precision import at_least_float32
 from . import plain
 from .library import Library, load
 
-# Costs of a pass for a position: vector operations, and four for reading and writing; 16 needs more than registers.
+# Costs of a pass for a position: vector operations, and some for reading and writing; 16 needs more than registers.
+COST_OF_MEMORY = 4.0
 RADIX_COST = {2: 8.0, 3: 11.3, 4: 11.0, 5: 14.4, 7: 17.7, 8: 14.5, 16: 19.0}
 
 # Images whose gradients for the kernel are summed as they come. Of more there are at most so many sums.
