@@ -10,7 +10,8 @@ out of the rounds. On CPU with --compile the compiler's own memory is part of it
 
 Every MRConvNeXt has a row for its training form and, without --train, one deployed; the former is then in eval mode.
 Every ConvNeXt has one in its default layout, one with conv_mlp=True, and, where they differ from timm's, one with the
-blocks that MRConvNeXt has on a CPU ("fused blocks"). Ratios are of images/s, to the ConvNeXt of the same size in its default layout, taken round by round.
+blocks that MRConvNeXt has on a CPU ("fused blocks"). Ratios are of images/s, to the ConvNeXt of the same size in its
+default layout, taken round by round.
 Weights are random, but as large as trained ones, so that the error of a deployed model is not hidden by layer scales
 near zero.
 """
