@@ -115,7 +115,8 @@ def save(
     Raises:
         TypeError: If ``model`` is not an MRConvNeXt.
         ValueError: If what would be written could not be read by timm, or is not this model within ``limit``; if the
-            folder holds a model in the other form, or a ``config.json`` that is not a model's.
+            folder holds a model in the other form, a ``config.json`` that is not a model's, or, without one, weights or
+            a card that would be replaced.
     """
     _check_model(model)
     folder = Path(folder)
@@ -262,8 +263,12 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_folder(folder: Path, deployed: bool) -> None:
-    """Raises if a folder holds a model in the other form: the training form can't be had back from the deployed one."""
-    arguments = read_config(folder).get("model_args", {})
+    """Raises if a folder holds a model in the other form, which can't be had back from this one, or files of others."""
+    config = read_config(folder)
+    foreign = [name for name in ("README.md", "model.safetensors") if (folder / name).exists() and not config]
+    if foreign:
+        raise ValueError(f"{folder / foreign[0]} is in the way: without a config.json it is not of a saved model")
+    arguments = config.get("model_args", {})
     if arguments.get("inference_mode", deployed) != deployed:
         raise ValueError(f"{folder} holds the {'training' if deployed else 'deployed'} form: give each its own folder")
 

@@ -178,9 +178,9 @@ def branch_statistics(
         weights = _pair_weights(height, width, guard, kernels.device, kernels.dtype)
     missing = (weights.shape[0] - kernels.shape[-1]) // 2
     weights = weights[missing : missing + kernels.shape[-1]]
-    energies = branch_energies(kernels * weights, autocorrelation(x, centre, guard))
+    covariance = autocorrelation(x, centre, guard) / count
     variance, response = responses_to_ones(kernels, height, width, guard)
-    variance = sum_over_processes(energies, sync) / count + centre.square() * variance
+    variance = sum_over_processes(branch_energies(kernels * weights, covariance), sync) + centre.square() * variance
     return centre * response, variance
 
 

@@ -13,6 +13,9 @@ from .kernels import SparseKernels, check_lags
 # Of what a layer's state dict holds. 1 had a module for each branch.
 FORMAT = 2
 
+# What holds no floating-point numbers beside `entries`.
+WHOLE_NUMBERS = ("kernels.lags", "norm.num_batches_tracked")
+
 
 def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Writes what the weights were made for; see `entries`."""
@@ -111,7 +114,10 @@ def trainable_names(layer: Any) -> list[str]:
 
 
 def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one."""
+    """Raises a RuntimeError if a state dict's layer is of another format, grid, branches or channels than this one.
+
+    Or if its weights are no floating-point numbers, of which PyTorch would take integers and booleans as well.
+    """
     if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
         raise RuntimeError(
             f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't "
@@ -126,6 +132,10 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
                 "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
                 "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
             )
+    for name in trainable_names(layer):
+        given = state_dict.get(prefix + name)
+        if given is not None and not given.is_floating_point() and name not in WHOLE_NUMBERS:
+            raise RuntimeError(f"{prefix}{name} must hold floating-point numbers, the state dict has {given.dtype}")
     shapes = {
         "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
         "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -79,17 +79,23 @@ class Process:
         *arguments: Those of ``train_imagenet.py``.
         file_limit: Bytes that a file may have.
         env: Environment variables.
+        before: Called in the process before the run.
     """
 
     def __init__(
-        self, log: Path, *arguments: object, file_limit: int | None = None, env: dict[str, str] | None = None
+        self,
+        log: Path,
+        *arguments: object,
+        file_limit: int | None = None,
+        env: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
         log.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         options = [str(argument) for argument in arguments]
-        self.process = context.Process(target=_run, args=(options, log, file_limit, env or {}))
+        self.process = context.Process(target=_run, args=(options, log, file_limit, env or {}, before))
         self.process.start()
 
     def signal(self, number: int) -> None:
@@ -108,7 +114,13 @@ class Process:
         return self.log.read_text()
 
 
-def _run(arguments: list[str], log: Path, file_limit: int | None, env: dict[str, str]) -> None:
+def _run(
+    arguments: list[str],
+    log: Path,
+    file_limit: int | None,
+    env: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
     os.setsid()
     os.environ.update(env)
     with open(log, "w") as file:
@@ -116,6 +128,8 @@ def _run(arguments: list[str], log: Path, file_limit: int | None, env: dict[str,
         os.dup2(file.fileno(), 2)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if before is not None:
+        before()
     sys.exit(main(*arguments))
 
 

@@ -146,6 +146,14 @@ def test_models_in_channels_last_order(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("dear diary")
+    with pytest.raises(ValueError, match=f"{name} is in the way"):
+        mrconvnext.save(small_model(), tmp_path)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "dear diary")]
+
+
 def test_saving_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     model, state = small_model(), torch.get_rng_state()
     mrconvnext.save(model, tmp_path)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_agree, randomize
+from helpers import assert_agree, each_engine, randomize
 from torch import Tensor
 
+import mrconvnext
 from mrconvnext import MRConv2d, long_conv_reference
 from mrconvnext.engines import plain
 from mrconvnext.grid import to_image, to_sequence
@@ -191,6 +192,21 @@ def test_running_statistics_follow_batch_norm() -> None:
         assert_agree(layer.train()(x), batch_norm(x.flatten(2)).view_as(x))
     assert_agree(layer.norm.running_mean[0], batch_norm.running_mean)
     assert_agree(layer.norm.running_var[0], batch_norm.running_var)
+
+
+@each_engine
+@pytest.mark.parametrize("scale", [1e18, 1e-18])
+def test_inputs_of_any_scale(engine: str, scale: float) -> None:
+    """As far as float32 has their variance, which BatchNorm needs as well."""
+    layer = parseval_layer(kernel_size=0)
+    x = torch.randn(8, 3, 9, 11)
+    with mrconvnext.engine(engine):
+        y = layer(scale * x)
+        y.square().sum().backward()
+        assert y.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+        assert all(b.isfinite().all() for b in layer.buffers())
+        if scale > 1:
+            assert_agree(y, layer(1e6 * x), 1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (9, 11), (14, 5)])

@@ -1,11 +1,14 @@
 """What must not be lost, or pass in silence, whatever happens to a run: found by an attack on it."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +17,15 @@ import torch
 import yaml
 from PIL import Image
 from runs import EPOCHS, STEPS, Process, assert_same_run, contents, main, refused
+from timm.data import ImageDataset
 from torch import nn
 
 import mrconvnext
-from training import checkpoints, files, run
+from training import checkpoints, files, loaders, run
 from training.arguments import parse_args
 from training.errors import UserError
 from training.model import make_optimizer
-from training.samples import as_rgb
+from training.samples import FORMATS, NO_TARGET, Samples, as_rgb
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # all of them together
@@ -283,6 +287,65 @@ def test_what_is_no_image_is_passed_over(images: Path, options: list[str], tmp_p
     assert main(*arguments) == 0
     skipped = "\n".join(message for message in caplog.messages if message.startswith("skipped "))
     assert "0/0.jpg" in skipped or "2/0.jpg" in skipped or "pipe.jpg" in skipped
+
+
+def test_images_cut_anywhere_are_read_or_passed_over(tmp_path: Path) -> None:
+    """Of every format that Pillow writes, whatever their names say."""
+    Image.init()
+    folder, good = tmp_path / "0", Image.new("RGB", (16, 16), "red")
+    folder.mkdir()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    written = set()
+    for form in sorted(Image.SAVE):
+        for mode in ("RGB", "L", "1"):
+            with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+                noise.convert(mode).save(tmp_path / "whole", format=form)
+                written.add(form)
+                break
+        content = (tmp_path / "whole").read_bytes()
+        for cut in range(21):
+            (folder / f"{form}-{cut:02}.png").write_bytes(content[: len(content) * cut // 20])
+            good.save(folder / f"{form}-{cut:02}a.png")  # what stands in for one that can't be read
+    samples = Samples(ImageDataset(str(tmp_path)), transform=lambda image: image.mode, seed=0, train=False)
+    found = [samples[0, i] for i in range(len(samples))]
+    assert {sample.image for sample in found} == {"RGB"} and len(found) == 42 * len(Image.SAVE)
+    assert all(bool(sample.unreadable) == (sample.target == NO_TARGET) for sample in found)
+    readable = {Path(samples.dataset.filename(i)).name for i, sample in enumerate(found) if not sample.unreadable}
+    assert all(f"{form}-20.png" in readable for form in written & set(FORMATS))
+    assert not any(name.startswith("EPS") and not name.endswith("a.png") for name in readable)
+
+
+# Workers
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_gone_is_named(
+    number: int, options: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "WORKER_SECONDS", 3)
+    take_step, hit = Trainer.take_step, []
+
+    def step(*args: Any) -> float:
+        if not hit:
+            hit.extend(process.pid for process in multiprocessing.active_children())
+            os.kill(hit[0], number)
+        return take_step(*args)
+
+    monkeypatch.setattr(Trainer, "take_step", step)
+    arguments = [*options, "--workers", 2, "--epochs", 3, "--output", tmp_path / "run"]
+    assert str(hit[0] if (error := refused(arguments, capsys)) else None) in error
+
+
+def test_names_of_any_bytes(images: Path, options: list[str], tmp_path: Path, capsys) -> None:
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    name = os.fsencode(data / "train" / "1") + b"/\xff\xfe.jpg"
+    with open(name, "wb") as file:
+        file.write(b"no image")
+    assert main(*options, "--data-dir", data, "--epochs", 1, "--output", tmp_path / "run") == 0
+    for split in ("train", "validation"):
+        os.rename(data / split / "1", os.fsencode(data / split) + b"/\xff")
+    error = refused([*options, "--data-dir", data, "--epochs", 1, "--output", tmp_path / "other"], capsys)
+    assert "\\udcff" in error and "is not text" in error
 
 
 # Arguments

@@ -349,3 +349,15 @@ def test_the_weights_of_one_form_do_not_pass_for_those_of_the_other(branch_norm:
     for model, other in ((training, deployed), (deployed, training)):
         assert mismatches(model, other.state_dict()) == names
         assert mismatches(model, model.state_dict()) == []
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16])
+def test_weights_that_are_no_floating_point_numbers_are_refused(deployed: bool, dtype: torch.dtype) -> None:
+    model = model_in("batch", deployed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in before.items():
+        if "conv_dw" in name and value.is_floating_point() and value.numel() > 0:
+            with pytest.raises(RuntimeError, match=f"{name} must hold floating-point numbers.*{dtype}"):
+                model.load_state_dict({**before, name: value.to(dtype)})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

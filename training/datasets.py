@@ -67,6 +67,9 @@ def open_data(args: argparse.Namespace) -> Data:
         if args.num_classes is None:
             raise UserError(f"--dataset {args.dataset} does not say its classes: give --num-classes")
         return Data(train, validation, args.num_classes)
+    for name in names:
+        if not name.isprintable():  # as what is not text becomes on its way from the disk
+            raise UserError(f"the name of the class {name!a} in --data-dir {args.data_dir} is not text")
     if len(names) < 2:
         raise UserError(f"--data-dir {args.data_dir} has one class only: {names[0]}")
     if args.num_classes not in (None, len(names)):

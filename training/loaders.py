@@ -19,6 +19,9 @@ from .processes import Processes, ignore_signals
 from .samples import Redrawn, Samples
 from .seeds import derived_seed
 
+# How long a worker may take for a batch: it may have been stopped, or wait for a disk that is gone.
+WORKER_SECONDS = 600
+
 
 class TrainBatches(Sampler):
     """The keys, (epoch, index), of one process's batches of an epoch in random order, from a step on.
@@ -118,6 +121,7 @@ def make_loaders(data: Data, args: argparse.Namespace, config: dict[str, Any], p
         "persistent_workers": args.workers > 0,
         "pin_memory": processes.device.type == "cuda",
         "worker_init_fn": ignore_signals,
+        "timeout": WORKER_SECONDS if args.workers > 0 else 0,
     }
     accumulation = args.global_batch // processes.count // size
     if isinstance(data.train, IterableImageDataset):

@@ -82,9 +82,18 @@ def ignore_signals(worker: int) -> None:
 
 @contextlib.contextmanager
 def ending_workers() -> Iterator[None]:
-    """Kills the workers of data loaders, which ignore signals, however the block ends."""
+    """Kills the workers of data loaders, which ignore signals, however the block ends.
+
+    Raises:
+        UserError: If a worker was killed by somebody else, or no batch came for too long, in PyTorch's words.
+    """
     try:
         yield
+    except RuntimeError as error:  # which may come at any moment: PyTorch raises it where a worker's end is signalled
+        if not str(error).startswith("DataLoader"):
+            raise
+        left = ", ".join(str(process.pid) for process in multiprocessing.active_children()) or "none"
+        raise UserError(f"images can't be read: {error}; worker processes that are there: {left}") from error
     finally:
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a failure
         for process in multiprocessing.active_children():

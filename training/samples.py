@@ -71,7 +71,8 @@ class Samples(Dataset):
             try:
                 image, target = self._read(i)
             except Exception as error:  # Pillow's readers raise whatever damaged files make them raise
-                unreadable.append(f"{self._name(i)} ({error})")
+                line = f"{self._name(i)} ({error})"
+                unreadable.append(line.encode(errors="backslashreplace").decode())  # names may be any bytes
             else:
                 if unreadable and not self.train:
                     target = NO_TARGET

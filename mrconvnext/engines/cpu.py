@@ -235,7 +235,7 @@ def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
     power = u.new_empty((x.shape[1], n))
     mean = mean.to(u.dtype).contiguous()
     _call("power", u, guard, reach, mean=mean, rows=power, partial=_partial(u, guard, reach, 1))
-    power = power.to(torch.float64)
+    power = n**2 * power.to(torch.float64)
     rows = power.new_empty((x.shape[1], reach + 1))
     _call("correlation", power.new_empty((1, *x.shape[1:])), guard, reach, kernel=power, rows=rows)
     return torch.nn.functional.pad(rows, (0, guard))

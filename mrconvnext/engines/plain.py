@@ -36,20 +36,20 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
-def image_spectrum(x: Tensor, guard: int, n: int, before: int = 0) -> Tensor:
+def image_spectrum(x: Tensor, guard: int, n: int, before: int = 0, norm: str = "backward") -> Tensor:
     """Returns the spectra (B, C, n // 2 + 1) of images (B, C, H, W) as sequences, ``before`` zeros before them."""
     u = to_sequence(at_least_float32(x), guard)
-    return rfft(F.pad(u, (before, n - before - u.shape[2])))
+    return rfft(F.pad(u, (before, n - before - u.shape[2])), norm=norm)
 
 
 # The FFTs of torch 2.9 and 2.10 refuse an empty batch.
 
 
-def rfft(u: Tensor) -> Tensor:
-    """Returns the one-sided spectra (…, n // 2 + 1) of real sequences (…, n)."""
+def rfft(u: Tensor, norm: str = "backward") -> Tensor:
+    """Returns the one-sided spectra (…, n // 2 + 1) of real sequences (…, n), over n if ``norm`` is "forward"."""
     if u.numel() == 0:
         return torch.view_as_complex(u.new_empty(list(u.shape[:-1]) + [u.shape[-1] // 2 + 1, 2]))
-    return torch.fft.rfft(u)
+    return torch.fft.rfft(u, norm=norm)
 
 
 def irfft(spectrum: Tensor, n: int) -> Tensor:
@@ -156,8 +156,9 @@ def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
 def power(x: Tensor, mean: Tensor, guard: int, n: int) -> Tensor:
     """Returns the power spectrum (C, n // 2 + 1) of images less the mean (C) of their channels, summed over them."""
     v = at_least_float32(x) - mean.unsqueeze(-1).unsqueeze(-1)
-    spectrum = torch.view_as_real(image_spectrum(v, guard, n))
-    return torch.linalg.vector_norm(spectrum, dim=(0, 3)).square()
+    # Spectra over n: squares of sums over all pixels would leave the range of float32 long before the variance does.
+    spectrum = torch.view_as_real(image_spectrum(v, guard, n, norm="forward"))
+    return (n * torch.linalg.vector_norm(spectrum, dim=(0, 3)).to(torch.float64)).square()
 
 
 def correlation_of(power: Tensor, length: int, n: int) -> Tensor:

@@ -266,7 +266,7 @@ static TARGET void kernel_gradients(const Job *job) {
     }
 }
 
-// Sums of the images' power spectra less their mean, (channels, n) in the order of the passes.
+// Sums of the images' power spectra less their mean, over n^2, (channels, n) in the order of the passes.
 static TARGET void powers(const Job *job) {
     Plan plan(job);
     Share share(job->threads, groups(job) * chunks(job));
@@ -280,7 +280,7 @@ static TARGET void powers(const Job *job) {
         Values mean(job->mean, group.start, group.channels);
         for (int64_t image = chunk * job->chunk; image < end_of(job, chunk); image++) {
             image_spectrum(plan, x, image, group.start, group, mean.lanes, buffers.copy, buffers.spectra);
-            walk(plan, Power{{buffers.spectra}, sum});
+            walk(plan, Power{{buffers.spectra}, sum, (Real)1 / (Real)job->n});
         }
     }
 }

@@ -290,14 +290,18 @@ struct Correlate : Passes {  // the gradient z with the images' spectrum x, adde
         leaf_pass<R, 1>(y, z + at);
     }
 };
-struct Power : Passes {  // of the sequences z, added to sum
+struct Power : Passes {  // of the sequences z times a scale, added to sum
     vec *sum;
+    Real scale;
     template <int R>
     TARGET void leaf(int64_t at) {
         complex y[R];
         leaf_pass<R, -1>(z + at, y);
 #pragma GCC unroll 16
-        for (int a = 0; a < R; a++) sum[at + a] += y[a].re * y[a].re + y[a].im * y[a].im;
+        for (int a = 0; a < R; a++) {
+            vec re = y[a].re * scale, im = y[a].im * scale;
+            sum[at + a] += re * re + im * im;
+        }
     }
     template <int R>
     TARGET void up(int64_t, int64_t, const Real *) {}

@@ -1,0 +1,1 @@
+"""What people and machines do to runs, files and layers that they should not; see `__main__`."""
