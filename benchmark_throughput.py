@@ -19,20 +19,19 @@ near zero.
 import argparse
 import csv
 import dataclasses
-import difflib
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Optional
 
-import timm
 import torch
 from tqdm import tqdm
 
-from benchmarking.report import as_text, describe_environment, save, save_plots, summary
-from benchmarking.rows import Row, make_rows
-from benchmarking.timing import measure, pass_in_turns, train_in_turns
+from mrconvnext.benchmarking.report import as_text, describe_environment, save, save_plots, summary
+from mrconvnext.benchmarking.rows import Row, make_rows
+from mrconvnext.benchmarking.timing import measure, pass_in_turns, train_in_turns
+from mrconvnext.hub import check_name
 
 MODELS = ("mrconvnext_tiny", "convnext_tiny", "inception_next_tiny", "swin_tiny_patch4_window7_224")
 
@@ -94,10 +93,10 @@ def positive(text: str) -> int:
 def model_spec(text: str) -> str:
     """Returns a model's name and options as given, once they are known to make sense."""
     name, *options = text.split(":")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, possibilities=timm.list_models(), n=5)
-        hint = f"close are {', '.join(close)}" if close else "timm.list_models() lists the names"
-        raise argparse.ArgumentTypeError(f"unknown model {name!r}: {hint}")
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     for option in options:
         if "=" not in option:
             raise argparse.ArgumentTypeError(f"options must be given as name=value, got {option!r}")

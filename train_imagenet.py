@@ -20,13 +20,19 @@ from typing import Any, Optional
 
 import mrconvnext
 from mrconvnext import MRConvNeXt
-from training import checkpoints
-from training.arguments import parse_args
-from training.errors import UserError
-from training.files import locked, whole_folder
-from training.output import check_output, write_arguments
-from training.processes import INTERRUPTED, Processes, ending_workers, process_group, signals_call
-from training.run import Run
+from mrconvnext.training import checkpoints
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.datasets import open_data
+from mrconvnext.training.errors import UserError
+from mrconvnext.training.evaluation import evaluate as evaluated
+from mrconvnext.training.files import locked, whole_folder
+from mrconvnext.training.loaders import validation_loader
+from mrconvnext.training.model import data_config, make_model
+from mrconvnext.training.output import write_arguments
+from mrconvnext.training.precision import Precision
+from mrconvnext.training.processes import INTERRUPTED, Processes, ending_workers, process_group, signals_call
+from mrconvnext.training.run import Run
+from mrconvnext.training.samples import UnreadableFiles
 
 _logger = logging.getLogger("train_imagenet")
 
@@ -41,7 +47,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         with process_group(args.device) as processes, ending_workers():
             if processes.rank != 0:
                 logging.disable(logging.INFO)
-            return evaluate(Run(args, processes)) if args.evaluate else train(args, processes)
+            return (evaluate if args.evaluate else train)(args, processes)
     except (UserError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]  # the error of a worker comes with its traceback
         print(f"train_imagenet.py: {reason}", file=sys.stderr)
@@ -50,7 +56,6 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def train(args: argparse.Namespace, processes: Processes) -> int:
     """Trains a model from the beginning or from a checkpoint, publishes the best weights, returns the exit status."""
-    check_output(args)
     stop = threading.Event()
     with signals_call(stop.set):
         run = Run(args, processes, stop)
@@ -65,18 +70,32 @@ def train_and_publish(run: Run) -> int:
     args, processes = run.args, run.processes
     if processes.rank == 0:
         write_arguments(args)
-    share, batches = args.global_batch // processes.count, run.loaders.accumulation
-    _logger.info(
-        f"{run.loaders.steps} steps an epoch of {args.global_batch} images: {processes.count} processes × "
-        f"{batches} batches of {share // batches}"
-    )
+    _logger.info(run.describe())
     run.train()
     if run.stopped:
         _logger.info(f"stopped by a signal at step {run.progress.step}; resume with --resume auto")
         return INTERRUPTED
-    if processes.rank == 0 and isinstance(run.model, MRConvNeXt):
-        publish(run)
+    if processes.rank == 0:
+        if isinstance(run.model, MRConvNeXt):
+            publish(run)
+        _logger.info(result_of(run))
     return 0
+
+
+def result_of(run: Run) -> str:
+    """Returns how a run ended, where it all lies and how to use it."""
+    output, rows = run.args.output, run.progress.rows
+    top1 = [max(row[name] for name in ("top1", "ema_top1") if name in row) for row in rows]
+    best = max(range(len(rows)), key=top1.__getitem__)
+    lines = [f"the best of {len(rows)} epochs is {best}, with {top1[best]:.2f} % right of the images held out"]
+    if isinstance(run.model, MRConvNeXt):
+        lines += [
+            f"{output} holds it, ready to use, as trained/ and deployed as fused/:",
+            "    import timm, mrconvnext",
+            f'    model = timm.create_model("local-dir:{output / "fused"}", pretrained=True).eval()',
+            "    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
+        ]
+    return "\n".join(lines)
 
 
 def publish(run: Run) -> None:
@@ -98,13 +117,17 @@ def publish(run: Run) -> None:
         _logger.info(f"{folder}: {saved}")
 
 
-def evaluate(run: Run) -> int:
+def evaluate(args: argparse.Namespace, processes: Processes) -> int:
     """Evaluates a model as it is and, of an MRConvNeXt, in its deployed form; returns the exit status."""
-    forms = {"as trained": run.model}
-    if isinstance(run.model, MRConvNeXt):
-        forms["deployed"] = copy.deepcopy(run.model).reparameterize()
-    for name, model in forms.items():
-        _logger.info(f"{name}: " + ", ".join(f"{key} {value:.6g}" for key, value in run.evaluate(model).items()))
+    data, precision = open_data(args), Precision.of(args, processes.device)
+    model: Any = precision.model(make_model(args, data.classes))
+    loader = validation_loader(data, args, data_config(model, args), processes)
+    forms = {"as trained": model}
+    if isinstance(model, MRConvNeXt):
+        forms["deployed"] = copy.deepcopy(model).reparameterize()
+    for name, own in forms.items():
+        found = evaluated(own, loader, precision, processes, UnreadableFiles(args.max_unreadable))
+        _logger.info(f"{name}: " + ", ".join(f"{key} {value:.6g}" for key, value in found.items()))
     return 0
 
 

@@ -4,13 +4,13 @@ import argparse
 from dataclasses import dataclass
 from typing import Optional
 
-from training.arguments import parse_args
+from mrconvnext.training.arguments import parse_args
 
 # Equal for all: a ConvNeXt of four stages, whose first sees the images in full resolution.
 SHAPE = ("depths=(1,1,2,1)", "dims=(24,48,72,96)", "patch_size=1")
 # Wider, the first stage at a quarter of the side (timm halves once more after this stem): narrow ones learn nothing.
 PATHFINDER_SHAPE = ("depths=(1,1,2,1)", "dims=(64,64,128,128)", "patch_size=2")
-RECIPE = "--no-lr-scaling --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
+RECIPE = "--recipe imagenet --no-lr-scaling --ls-init 0.1 --drop-path 0 --model-ema-decay 0".split()
 RECIPE += "--mixup 0 --cutmix 0 --reprob 0 --workers 0 --log-interval 20 --checkpoint-interval 200 --aa=".split()
 FASHION = "--global-batch 64 --epochs 1 --warmup-epochs 0.1 --lr 4e-3 --scale 0.6 1".split()
 

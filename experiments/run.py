@@ -30,12 +30,12 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from benchmarking.environment import processor, versions
 from experiments.data import MissingData, write
 from experiments.rows import Row, all_rows
-from training.arguments import positive
-from training.errors import UserError
-from training.processes import INTERRUPTED, signals_call
+from mrconvnext.benchmarking.environment import processor, versions
+from mrconvnext.training.arguments import positive
+from mrconvnext.training.errors import UserError
+from mrconvnext.training.processes import INTERRUPTED, signals_call
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = (

@@ -15,8 +15,8 @@ from typing import Optional
 import benchmark_throughput
 from experiments.rows import main_rows, pathfinder_rows
 from experiments.run import only_one
-from training.arguments import positive
-from training.errors import UserError
+from mrconvnext.training.arguments import positive
+from mrconvnext.training.errors import UserError
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -13,12 +13,20 @@ from timm.data import create_reader, create_transform, resolve_data_config
 from timm.models.convnext import ConvNeXt
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .convert import options_of_file
 from .flops import count_flops
-from .hub import HTTP_ERROR, LIMIT, is_deployed, parity, push_to_hub, random_images, read_config, save
+from .hub import HTTP_ERROR, LIMIT, check_name, is_deployed, parity, push_to_hub, random_images, read_config, save
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
+from .training.datasets import class_folders, classes_of, has_split
+from .training.errors import UserError
+from .training.evaluation import evaluate as evaluated
+from .training.loaders import EvalBatches
+from .training.precision import Precision
+from .training.processes import Processes
+from .training.samples import FORMATS, Samples, UnreadableFiles, as_rgb
 
 SOURCE = """
 SOURCE is a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME, one of timm's names with or without tag
@@ -36,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--model-kwargs must be given as NAME=VALUE")
     try:
         return args.run(args)
-    except (HTTP_ERROR, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (HTTP_ERROR, OSError, RuntimeError, TypeError, UserError, ValueError) as error:
         print(f"mrconvnext {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -82,6 +90,17 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--revision", help="branch (default: the main one)")
     own.add_argument("--commit-message", default="Add model", help="(default: %(default)s)")
 
+    own = command("evaluate", evaluate, "print loss and accuracy on images in class folders")
+    own.add_argument("--data-dir", metavar="FOLDER", type=Path, required=True, help="folder of splits, or of classes")
+    own.add_argument("--split", default="validation", help="(default: %(default)s)")
+    own.add_argument("--batch-size", "-b", type=positive, default=32, help="images at once (default: %(default)s)")
+    own.add_argument("--workers", "-j", type=natural, default=2, help="processes that read images (default: 2)")
+
+    own = command("plot", plot, "draw a checkpoint's kernels, their weights and what each stage sees, as pictures")
+    own.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="where to write the pictures")
+    own.add_argument("--images", metavar="FOLDER", help="images that gradients are taken on (default: random ones)")
+    own.add_argument("--max-images", type=positive, default=8, help="number of them that are taken (default: 8)")
+
     own = command("classify", classify, "print the most probable classes of images")
     own.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files")
     own.add_argument("--top", type=positive, default=5, help="number of classes (default: %(default)s)")
@@ -94,6 +113,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 
@@ -114,6 +140,8 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
     elif path.is_dir():
         read_config(path)  # whose errors say more than timm's
         name = f"local-dir:{path}"
+    elif not args.source.startswith(("hf-hub:", "local-dir:")):
+        check_name(args.source, also="a file or folder, nor ")
     model: Any = timm.create_model(name, pretrained=True, **options)
     if type(model) is ConvNeXt:
         cfg: Any = model.pretrained_cfg
@@ -152,15 +180,12 @@ def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
     """Returns images (B, C, H, W) of a folder as the model takes them in evaluation; broken ones are skipped."""
     if not Path(folder).is_dir():
         raise ValueError(f"--images {folder} is not a folder")
-    mode = "L" if model.stem[0].in_channels == 1 else "RGB"
-    transform = create_transform(**resolve_data_config(model=model))
     images: list[Tensor] = []
     errors: list[str] = []
     for file in image_files(folder):
         try:
-            with Image.open(file) as image:
-                images.append(transform(image.convert(mode)))
-        except OSError as error:
+            images.append(as_taken(model, Path(file)))
+        except (OSError, ValueError) as error:
             errors.append(f"{file}: {error}")
         if len(images) == count:
             break
@@ -169,6 +194,14 @@ def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
     if errors:
         print(f"--images {folder}: {len(errors)} files are skipped, such as {errors[0]}", file=sys.stderr)
     return torch.stack(images)
+
+
+def as_taken(model: MRConvNeXt, file: Path) -> Tensor:
+    """Returns an image of a file (C, H, W) as the model takes it in evaluation."""
+    with Image.open(file, formats=FORMATS) as image:
+        own = as_rgb(image)
+    own = own.convert("L") if model.stem[0].in_channels == 1 else own
+    return create_transform(**resolve_data_config(model=model))(own)
 
 
 def image_files(folder: str) -> list[str]:
@@ -195,15 +228,49 @@ def push(args: argparse.Namespace) -> int:
 @torch.no_grad()
 def classify(args: argparse.Namespace) -> int:
     model = load(args)
-    transform = create_transform(**resolve_data_config(model=model))
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
-    mode = "L" if model.stem[0].in_channels == 1 else "RGB"
     for file in args.images:
-        with Image.open(file) as image:
-            x = transform(image.convert(mode)).unsqueeze(0)
-        shares, classes = model(x).softmax(-1)[0].topk(min(args.top, model.num_classes))
+        shares, classes = model(as_taken(model, file)[None]).softmax(-1)[0].topk(min(args.top, model.num_classes))
         found = ", ".join(f"{names[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), classes.tolist()))
         print(f"{file}: {found}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    model = load(args)
+    dataset = class_folders(args.data_dir, args.split if has_split(args.data_dir, args.split) else "")
+    names, known = classes_of(dataset), model.pretrained_cfg.get("label_names")
+    if names is None or len(names) != model.num_classes or (known and list(known) != names):
+        raise ValueError(
+            f"--data-dir {args.data_dir} has the classes {', '.join(names or ['none'])}, and the model "
+            f"{', '.join(known or [str(model.num_classes)])}"
+        )
+    samples = Samples(dataset, create_transform(**resolve_data_config(model=model)), seed=0, train=False)
+    batches = EvalBatches(len(samples), args.batch_size, rank=0, processes=1)
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = Precision(device, torch.float32, None, torch.contiguous_format)
+    unreadable = UnreadableFiles(limit=len(samples))
+    found = evaluated(precision.model(model), loader, precision, Processes(0, 1, device), unreadable)
+    print(f"{len(samples)} images of {args.data_dir}: " + ", ".join(f"{name} {own:.6g}" for name, own in found.items()))
+    return 0
+
+
+def plot(args: argparse.Namespace) -> int:
+    try:
+        from . import plots
+    except ImportError as error:
+        raise ValueError(f'plot needs matplotlib ({error}): pip install "mrconvnext[plots]"') from error
+    model = load(args)
+    images = random_images(model) if args.images is None else real_images(model, args.images, args.max_images)
+    figures = {"kernels": plots.plot_kernels(model)}
+    if not is_deployed(model):
+        figures["alpha"] = plots.plot_alpha_norms(model)
+    figures["receptive-fields"] = plots.plot_receptive_fields({model.pretrained_cfg["architecture"]: model}, images)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(args.output / f"{name}.png", dpi=110)
+        print(args.output / f"{name}.png")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import difflib
 import json
 import logging
 import os
@@ -207,6 +208,20 @@ def read_config(folder: Path) -> dict[str, Any]:
             f'"model_args" and "pretrained_cfg", objects, if these are there; got {json.dumps(config):.80}'
         )
     return config
+
+
+def check_name(name: str, also: str = "") -> None:
+    """Raises a ValueError if timm knows no model of a name, with or without a tag; it says which names are close.
+
+    Args:
+        name: The name.
+        also: What else it might have been, for the message.
+    """
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, possibilities=timm.list_models(), n=5)
+        hint = f"close are {', '.join(close)}" if close else "timm.list_models() lists the names"
+        raise ValueError(f"{name} is not {also}a model that timm knows: {hint}")
 
 
 def is_deployed(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .grid import lag_map
@@ -13,44 +14,47 @@ from .mrconvnext import MRConvNeXt
 
 
 def plot_kernels(model: MRConvNeXt) -> Figure:
-    """Returns a picture of the first layer of each stage: its branches and its merged kernel, in training form.
+    """Returns a picture of the first layer of each stage: its merged kernel and, in training form, its branches.
 
-    A row a stage, for the channel whose branches weigh most. On the left the kernels as sequences, over the lag; then
-    as images, over the distance in rows and columns: every branch as parameterized, before norm and α, and the merged
-    kernel, local taps included, that the layer equals in eval mode.
-
-    Raises:
-        RuntimeError: If the model is deployed, its branches gone.
+    A row a stage, for the channel whose branches weigh most, or whose kernel is largest. On the left the kernels as
+    sequences, over the lag; then as images, over the distance in rows and columns: the merged kernel, local taps
+    included, that the layer equals in eval mode, its colours those of what lies beyond the local taps; and every branch
+    as parameterized, before norm and α.
     """
     layers = [stage.blocks[0].conv_dw for stage in model.stages]
-    columns = max(len(layer.branch_lengths) for layer in layers)
-    figure = Figure(figsize=(7 + 1.7 * (columns + 1), 2.4 * len(layers)), layout="constrained")
-    axes = figure.subplots(len(layers), columns + 3, squeeze=False, width_ratios=[2.4, 2.4] + [1] * (columns + 1))
-    for stage, (layer, row) in enumerate(zip(layers, axes)):
-        _plot_layer(layer, row, f"stage {stage + 1}, grid {layer.reference_grid[0]}×{layer.reference_grid[1]}")
+    columns = max(len(layer.alpha) for layer in layers) + 1
+    figure = Figure(figsize=(7 + 1.9 * columns, 3.2 * len(layers)), layout="constrained")
+    for stage, (layer, row) in enumerate(zip(layers, figure.subfigures(len(layers), 1, squeeze=False)[:, 0])):
+        row.suptitle(f"stage {stage + 1}, grid {layer.reference_grid[0]}×{layer.reference_grid[1]}", fontsize="medium")
+        _plot_layer(layer, row, columns)
     return figure
 
 
 @torch.no_grad()
-def _plot_layer(layer: MRConv2d, axes: list[Axes], title: str) -> None:
-    kernels = layer.branch_kernels()
-    channel = int(layer.alpha.abs().sum(0).argmax())
-    branches = [kernel[channel].float() for kernel in kernels]
-    merged = layer.merged_kernel()[0][channel].float()
-    *images, merged_image = axes[2:]
-
-    # The longest first, so that it does not hide the short ones.
-    for kernel, length in reversed(list(zip(branches, layer.branch_lengths))):
-        _plot_sequence(axes[0], kernel, label=f"{length}")
-    axes[0].legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
-    axes[0].set_title(f"{title}: branches", fontsize="small")
-    _plot_sequence(axes[1], merged, color="black")
-    axes[1].set_title(f"merged kernel, channel {channel}", fontsize="small")
-    for ax, kernel, length, alpha in zip(images, branches, layer.branch_lengths, layer.alpha[:, channel]):
+def _plot_layer(layer: MRConv2d, figure: Any, columns: int) -> None:
+    merged = layer.merged_kernel()[0].float()
+    size = layer.alpha.abs().sum(0) if layer.kernel is None else merged.abs().sum(1)
+    channel = int(size.argmax())
+    kernels: list[Tensor] = []
+    if layer.kernel is None:
+        kernels = [kernel[channel].float() for kernel in layer.branch_kernels()]
+    sequences = 2 if kernels else 1
+    # The layers with fewer branches keep the panels' size: what they have not is left blank at the right.
+    widths = [2.4] * sequences + [1.2] * columns
+    axes = list(figure.subplots(1, len(widths), width_ratios=widths))
+    for ax in axes[sequences + 1 + len(kernels) :]:
+        ax.remove()
+    if kernels:
+        # The longest first, so that it does not hide the short ones.
+        for kernel, length in reversed(list(zip(kernels, layer.branch_lengths))):
+            _plot_sequence(axes[0], kernel, label=f"{length}")
+        axes[0].legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
+        axes[0].set_title("branches", fontsize="small")
+    _plot_sequence(axes[sequences - 1], merged[channel], color="black")
+    axes[sequences - 1].set_title(f"merged kernel, channel {channel}", fontsize="small")
+    _plot_image(axes[sequences], merged[channel], layer, "merged", beyond=layer.guard)
+    for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
         _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")
-    for ax in images[len(branches) :]:
-        ax.axis("off")
-    _plot_image(merged_image, merged, layer, "merged")
 
 
 def _plot_sequence(ax: Axes, kernel: Tensor, **style: Any) -> None:
@@ -60,20 +64,24 @@ def _plot_sequence(ax: Axes, kernel: Tensor, **style: Any) -> None:
     ax.tick_params(labelsize="x-small")
 
 
-def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str) -> None:
-    """Draws a kernel over the distance of two pixels, on the scale of the whole reference grid."""
+def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str, beyond: int = -1) -> None:
+    """Draws a kernel over the distance of two pixels, in colours for what lies ``beyond`` so many pixels."""
     image = lag_map(kernel, layer.row_stride)
     rows, columns = image.shape
     left, bottom = -(columns // 2) - 0.5, rows // 2 + 0.5
-    limit = kernel.abs().max().clamp(min=1e-12).item()
+    outside = image.clone()
+    outside[max(rows // 2 - beyond, 0) : rows // 2 + beyond + 1, columns // 2 - beyond : columns // 2 + beyond + 1] = 0
+    limit = outside.abs().max().clamp(min=1e-12).item()
     extent = (left, left + columns, bottom, -bottom)
-    ax.imshow(image.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", extent=extent)
-    height = layer.reference_grid[0]
-    ax.set_ylim(height + 0.5, -height - 0.5)
-    ax.set_facecolor("0.9")
+    style: Any = {"vmin": -limit, "vmax": limit, "aspect": "equal", "interpolation": "nearest"}
+    picture = ax.imshow(image.numpy(), cmap="RdBu", extent=extent, **style)
+    bar = ax.figure.colorbar(picture, ax=ax, ticks=[-limit, 0, limit], format="%.1g", shrink=0.8)
+    bar.ax.tick_params(labelsize="xx-small")
     ax.set_title(title, fontsize="small")
     ax.set_xlabel("columns", fontsize="small")
     ax.set_ylabel("rows", fontsize="small")
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     ax.tick_params(labelsize="x-small")
 
 

@@ -2,7 +2,7 @@
 
     python scripts/draw_imports.py --output docs/architecture.png
 
-Each module stands one row below the lowest of those that it imports.
+Each module stands one row below the lowest of those that it imports. What the scripts are made of is left out.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mrconvnext"
+
+OF_SCRIPTS = ("training/", "benchmarking/")
 
 
 def main() -> None:
@@ -26,7 +28,7 @@ def imports_of(package: Path) -> dict[str, set[str]]:
     files = {str(file.relative_to(package).with_suffix("")): file for file in package.rglob("*.py")}
     found = {}
     for name, file in files.items():
-        if name != "__init__":
+        if name != "__init__" and not name.startswith(OF_SCRIPTS):
             folder = file.parent
             nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
             own = {target for node in nodes if node.level for target in targets(node, folder, package)}

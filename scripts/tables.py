@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarking.report import cell
+from mrconvnext.benchmarking.report import cell
 
 TABLE = re.compile(r"<!-- (\S+\.csv): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?")

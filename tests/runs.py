@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import train_imagenet
-from training import checkpoints
-from training.datasets import Digits
-from training.processes import Processes
+from mrconvnext.training import checkpoints
+from mrconvnext.training.datasets import Digits
+from mrconvnext.training.processes import Processes
 
 SCRIPT = Path(train_imagenet.__file__)
 
@@ -30,7 +30,8 @@ ALONE = Processes(rank=0, count=1, device=torch.device("cpu"))
 
 OPTIONS = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}
 TINY = ["--model-kwargs", *(f"{name}={value}" for name, value in OPTIONS.items())]
-RECIPE = "--device cpu --workers 0 --ls-init 0.1 --lr 2e-3 --no-lr-scaling --warmup-epochs 1 --log-interval 1".split()
+RECIPE = "--recipe imagenet --device cpu --workers 0".split()
+RECIPE += "--ls-init 0.1 --lr 2e-3 --no-lr-scaling --warmup-epochs 1 --log-interval 1".split()
 RECIPE += ["--img-size", "32"]
 MODEL = ["--model", "mrconvnext_atto", *TINY, *RECIPE]
 CONVNEXT = ["--model", "convnext_atto", *TINY, *RECIPE]

@@ -8,10 +8,10 @@ import torch
 from runs import CONVNEXT, MODEL, OPTIONS, TINY, main
 from safetensors.torch import save_file
 
-from training.arguments import parse_args, to_plain
-from training.errors import UserError
-from training.loaders import split_batch
-from training.model import make_model
+from mrconvnext.training.arguments import parse_args, to_plain
+from mrconvnext.training.errors import UserError
+from mrconvnext.training.loaders import split_batch
+from mrconvnext.training.model import make_model
 
 DIGITS = ["--dataset", "digits", *MODEL, "--global-batch", "128", "--epochs", "1", "--output", "run"]
 

@@ -13,13 +13,13 @@ import torch
 from runs import ALONE, MODEL, Process, evaluated, main, pack, write_images, write_shards
 from torch import nn
 
-from training.arguments import parse_args
-from training.datasets import Digits, open_data
-from training.errors import UserError
-from training.evaluation import evaluate
-from training.loaders import EvalBatches, TrainBatches
-from training.precision import Precision
-from training.samples import NO_TARGET, Redrawn, Samples, UnreadableFiles
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.datasets import Digits, open_data
+from mrconvnext.training.errors import UserError
+from mrconvnext.training.evaluation import evaluate
+from mrconvnext.training.loaders import EvalBatches, TrainBatches
+from mrconvnext.training.precision import Precision
+from mrconvnext.training.samples import NO_TARGET, Redrawn, Samples, UnreadableFiles
 
 RUN = [*MODEL, "--global-batch", "10", "--epochs", "1", "--model-ema-decay", "0"]
 

@@ -19,10 +19,10 @@ import timm
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarking import timing
 from experiments import norms, report, rows, run, speed
 from experiments.data import MissingData, draw_pathfinder, write_fashion
 from mrconvnext import MRConv2d
+from mrconvnext.benchmarking import timing
 
 OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
 OPTIONS += "--global-batch 64 --epochs 2 --workers 0 --mixup 0 --cutmix 0 --log-interval 2 --aa=".split()

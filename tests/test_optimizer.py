@@ -5,8 +5,8 @@ import timm
 from helpers import SMALL, small_model
 from torch import nn
 
-from training.arguments import parse_args
-from training.model import make_optimizer
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.model import make_optimizer
 
 CONVNEXT = {name: value for name, value in SMALL.items() if name != "img_size"}
 

@@ -21,12 +21,12 @@ from timm.data import ImageDataset
 from torch import nn
 
 import mrconvnext
-from training import checkpoints, files, loaders, run
-from training.arguments import parse_args
-from training.errors import UserError
-from training.model import make_optimizer
-from training.samples import FORMATS, NO_TARGET, Samples, as_rgb
-from training.trainer import Trainer
+from mrconvnext.training import checkpoints, files, loaders, run
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.errors import UserError
+from mrconvnext.training.model import make_optimizer
+from mrconvnext.training.samples import FORMATS, NO_TARGET, Samples, as_rgb
+from mrconvnext.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # all of them together
 

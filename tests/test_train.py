@@ -35,10 +35,10 @@ from runs import (
 from safetensors.torch import load_file
 from torchvision.datasets import ImageFolder
 
-from training import checkpoints
-from training.arguments import parse_args
-from training.processes import INTERRUPTED
-from training.run import Run
+from mrconvnext.training import checkpoints
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.processes import INTERRUPTED
+from mrconvnext.training.run import Run
 
 # What a run leaves
 

@@ -26,10 +26,10 @@ from runs import (
     write_shards,
 )
 
-from training import checkpoints
-from training.arguments import parse_args
-from training.processes import INTERRUPTED
-from training.run import Run
+from mrconvnext.training import checkpoints
+from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.processes import INTERRUPTED
+from mrconvnext.training.run import Run
 
 pytestmark = pytest.mark.slow
 

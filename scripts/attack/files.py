@@ -32,7 +32,21 @@ from .folders import DAMAGES
 NAME = "mrconvnext_atto"
 
 # What may stand in the place of any value of a configuration.
-HOSTILE = [None, -1, 0, 10**18, 1e308, float("nan"), "", "false", "é" * 5000, "../../etc/passwd", [], {}, True]
+HOSTILE: list[Any] = [
+    None,
+    -1,
+    0,
+    10**18,
+    1e308,
+    float("nan"),
+    "",
+    "false",
+    "é" * 5000,
+    "../../etc/passwd",
+    [],
+    {},
+    True,
+]
 HOSTILE += [[[[]]], {"a": {}}, [1, "x", None], -(2**63), "__import__('os').system('true')"]
 
 SECONDS = 60
@@ -164,7 +178,9 @@ def by_command(folder: Path) -> nn.Module:
 
 def by_script(folder: Path) -> nn.Module:
     options = [f"{name}={value}" for name, value in SMALL.items() if name not in ("num_classes", "img_size")]
-    words = f"--dataset digits --img-size 64 --num-classes 10 --global-batch 16 --epochs 1 --lr 0 --model {NAME}".split()
+    words = (
+        f"--dataset digits --img-size 64 --num-classes 10 --global-batch 16 --epochs 1 --lr 0 --model {NAME}".split()
+    )
     run = folder / "run"
     arguments = [*words, "--model-kwargs", *options, "--finetune", _weights(folder), "--output", run, "--evaluate"]
     _in_one_line(lambda: train(*arguments))

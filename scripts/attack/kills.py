@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from runs import MODEL, Process, contents, write_images
 
-from training import checkpoints
-from training.processes import INTERRUPTED
+from mrconvnext.training import checkpoints
+from mrconvnext.training.processes import INTERRUPTED
 
 RECIPE = "--global-batch 24 --batch-size 12 --model-ema-decay 0.9 --checkpoint-interval 2 --epochs 2".split()
 

@@ -37,7 +37,9 @@ def random_layers(folder: Path, choose: random.Random, count: int) -> list[str]:
                 error = relative_error(own(x), expected)
                 largest = max(largest, error / LIMITS[x.dtype])
                 if not error <= LIMITS[x.dtype]:
-                    findings.append(f"layer {i}, {options}, {form}, {engine}, {list(x.shape)} {x.stride()}: {error:.1e}")
+                    findings.append(
+                        f"layer {i}, {options}, {form}, {engine}, {list(x.shape)} {x.stride()}: {error:.1e}"
+                    )
     print(f"{count} layers: at most {largest:.2f} of the limits {LIMITS}, {len(findings)} findings", flush=True)
     return findings
 
@@ -177,7 +179,7 @@ class DirectSum(nn.Module):
 
 def of_direct_sums(model: nn.Module) -> nn.Module:
     """Returns a copy of a model in float64 whose layers compute the direct sum."""
-    own = copy.deepcopy(model).double()
+    own: Any = copy.deepcopy(model).double()
     for stage in own.stages:
         for block in stage.blocks:
             block.conv_dw = DirectSum(block.conv_dw)

@@ -124,6 +124,7 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     if args.evaluate:
         parser.set_defaults(**arguments_of(args.output))
         args = parser.parse_args(argv)
+    args.given = given(parser, argv)
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:
@@ -131,6 +132,14 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     if args.evaluate and not args.pretrained and args.finetune is None:
         args.finetune = args.output / "best.safetensors"
     return args
+
+
+def given(parser: argparse.ArgumentParser, argv: Optional[list[str]]) -> set[str]:
+    """Returns the names of the arguments that a command line has, whose values no recipe may change."""
+    missing = object()
+    names = vars(parser.parse_args(argv))
+    parser.set_defaults(**dict.fromkeys(names, missing))
+    return {name for name, value in vars(parser.parse_args(argv)).items() if value is not missing}
 
 
 def arguments_of(run: Path) -> dict[str, Any]:
@@ -176,6 +185,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
+    recipe = "where the defaults below come from: ConvNeXt's for ImageNet, which are written here, or ones that follow "
+    recipe += "the number of images (default: finetune with weights to start from, small below 100,000 images)"
+    add("--recipe", choices=("imagenet", "finetune", "small"), help=recipe)
     add("--epochs", type=positive, default=300, help="(default: %(default)s)")
     images = "images of a step, over all processes (default: %(default)s)"
     add("--global-batch", type=positive, default=4096, help=images)
@@ -230,5 +242,5 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def to_plain(args: argparse.Namespace) -> dict[str, Union[str, float, bool, list, dict, None]]:
-    """Returns arguments as JSON and YAML can hold them."""
-    return json.loads(json.dumps(vars(args), default=str))
+    """Returns arguments as JSON and YAML can hold them, but for `given`: what they are counts, not who chose it."""
+    return json.loads(json.dumps({name: own for name, own in vars(args).items() if name != "given"}, default=str))

@@ -1,6 +1,10 @@
 """Images with their classes, by the names of datasets."""
 
 import argparse
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Protocol
 
@@ -9,6 +13,14 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from .errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+# Where a folder has no splits, one image of so many is held out.
+HELD_OUT = 5
+
+# Names that timm takes for the same split.
+SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 # Kinds of datasets that timm opens by name, and those of them that are streams.
 KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -29,7 +41,12 @@ class Digits(Dataset):
     classes = tuple("0123456789")
 
     def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UserError(
+                f'--dataset digits needs scikit-learn ({error}): pip install "mrconvnext[train]"'
+            ) from error
 
         digits = load_digits()
         own = [i for i in range(len(digits.images)) if (i % 5 == 0) != train]
@@ -86,25 +103,62 @@ def open_dataset(args: argparse.Namespace, train: bool) -> Any:
     name, folder, split = args.dataset, args.data_dir, args.train_split if train else args.val_split
     if name == "digits":
         return Digits(train)
-    if name and name.partition("/")[0] not in KINDS:
+    if name == "":
+        if folder is None or not folder.is_dir():
+            raise UserError(f"--data-dir must be a folder of images, got {folder}")
+        if any(has_split(folder, own) for own in (args.train_split, args.val_split)):
+            return class_folders(folder, split)
+        return part_of(class_folders(folder), args.seed, train)
+    if name.partition("/")[0] not in KINDS:
         raise UserError(f"--dataset must be digits or {', '.join(f'{kind}/…' for kind in KINDS)}, got {name}")
-    if name == "" and (folder is None or not folder.is_dir()):
-        raise UserError(f"--data-dir must be a folder of images, got {folder}")
-    root = folder
-    if name == "" and (folder / f"{split}.tar").is_file():
-        root = folder / f"{split}.tar"
-    options: dict[str, Any] = {"root": root and str(root), "split": split, "download": args.dataset_download}
+    options: dict[str, Any] = {"root": folder and str(folder), "split": split, "download": args.dataset_download}
     if name.startswith(STREAMS):
         options |= {"batch_size": args.batch_size or 1, "seed": args.seed}
+    with _no_images_said(folder, split):
+        return create_dataset(name, is_training=train, **options)
+
+
+def class_folders(folder: Path, split: str = "") -> ImageDataset:
+    """Returns the images of a split, a folder or tar file of class folders, or of class folders in a folder itself.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if split and not has_split(folder, split):
+        raise UserError(f"--data-dir {folder} has neither a folder nor a tar file for the split {split!r}")
+    tar = folder / f"{split}.tar"
+    with _no_images_said(folder, split):
+        return create_dataset("", root=str(tar if tar.is_file() else folder), split=split)
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Returns whether a folder has a folder or a tar file for a split, by any name that timm has for it."""
+    names = next((names for names in SYNONYMS if split in names), (split,))
+    return (folder / f"{split}.tar").is_file() or any((folder / name).is_dir() for name in (split, *names))
+
+
+def part_of(dataset: ImageDataset, seed: int, train: bool) -> ImageDataset:
+    """Returns a data set with four fifths of each class's images for training, or the other fifth, drawn by a seed."""
+    classes: dict[int, list] = {}
+    for sample in dataset.reader.samples:
+        classes.setdefault(sample[1], []).append(sample)
+    own = []
+    for samples in classes.values():
+        random.Random(seed).shuffle(samples)
+        held_out = -(-len(samples) // HELD_OUT) if len(samples) > 1 else 0
+        own += samples[held_out:] if train else samples[:held_out]
+    if train:
+        _logger.info(f"no splits among the class folders: a fifth of each class is held out, drawn by --seed {seed}")
+    dataset.reader.samples = sorted(own)
+    return dataset
+
+
+@contextlib.contextmanager
+def _no_images_said(folder: Optional[Path], split: str) -> Iterator[None]:
     try:
-        dataset = create_dataset(name, is_training=train, **options)
+        yield
     except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
         raise UserError(f"no {split} images in --data-dir {folder}: {error}") from error
-    if (
-        name == "" and root == folder and Path(dataset.reader.root) == folder
-    ):  # what timm takes if there is no such split
-        raise UserError(f"--data-dir {folder} has neither a folder nor a tar file for the split {split!r}")
-    return dataset
 
 
 def classes_of(dataset: Any) -> Optional[list[str]]:

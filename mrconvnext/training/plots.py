@@ -1,6 +1,7 @@
 """A picture of a training run. Needs matplotlib."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def plot_training(rows: list[dict[str, float]]) -> Figure:
@@ -21,6 +22,7 @@ def plot_training(rows: list[dict[str, float]]) -> Figure:
             if column in rows[0]:
                 axes.plot(epochs, [row[column] for row in rows], marker=".", label=label)
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         axes.grid(alpha=0.3)
     return figure

@@ -6,7 +6,8 @@ import logging
 import math
 import sys
 import threading
-from typing import Optional
+import time
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -18,10 +19,11 @@ from .datasets import open_data
 from .errors import UserError
 from .evaluation import evaluate
 from .loaders import make_loaders
-from .model import data_config, make_model
-from .output import Summary, check_same
+from .model import data_config, learning_rate, make_model
+from .output import Summary, check_output, check_same
 from .precision import Precision
 from .processes import Processes
+from .recipes import settle
 from .samples import UnreadableFiles
 from .seeds import seed_all
 from .trainer import Clock, Trainer
@@ -62,16 +64,37 @@ class Run:
         self.args, self.processes, self.stop = args, processes, stop or threading.Event()
         seed_all(args.seed)
         data = open_data(args)
+        settle(args, data)
+        check_output(args)
         self.class_names = data.names
         self.precision = Precision.of(args, processes.device)
-        self.model = self.precision.model(make_model(args, data.classes))
+        self.model: Any = self.precision.model(make_model(args, data.classes))
         self.data_config = data_config(self.model, args)
         self.loaders = make_loaders(data, args, self.data_config, processes)
         self.trainer = Trainer(self.model, args, processes, self.precision, self.loaders, data.classes)
         self.unreadable = UnreadableFiles(args.max_unreadable)
         self.progress = Progress()
+        self.images = (len(data.train), len(data.validation))
         self.summary: Optional[Summary] = None  # of the first process, once it trains
         self.stopped = False  # of all processes
+
+    def describe(self) -> str:
+        """Returns what is about to be done, in a few lines."""
+        args, loaders, count = self.args, self.loaders, self.processes.count
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        names = self.class_names or []
+        some = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
+        share = args.global_batch // count
+        size = " x ".join(str(side) for side in self.data_config["input_size"][1:])
+        return "\n".join(
+            [
+                f"model {args.model}, {parameters / 1e6:.2f}M parameters, {self.model.num_classes} classes{some}",
+                f"images {self.images[0]} to train, {self.images[1]} held out, of {size} pixels; {args.epochs} epochs",
+                f"{loaders.steps} steps an epoch of {args.global_batch} images: {count} processes × "
+                f"{loaders.accumulation} batches of {share // loaders.accumulation}, on {self.processes.device}, at a "
+                f"learning rate of up to {learning_rate(args):.2g}",
+            ]
+        )
 
     def save(self) -> None:
         """Writes a checkpoint, on which all the rest of the run depends and on nothing else: seeds follow from it.
@@ -123,11 +146,17 @@ class Run:
         while len(progress.rows) < self.args.epochs:
             epoch = len(progress.rows)
             first = progress.step - epoch * steps
+            start = time.monotonic()
             if first < steps:
                 self._train_epoch(epoch, first)
             if self.stopped:
                 return
             self._finish_epoch(epoch)
+            seconds, left = time.monotonic() - start, self.args.epochs - epoch - 1
+            if first == 0 and left:  # a whole one
+                _logger.info(
+                    f"epoch {epoch} took {in_words(seconds)}, {left} are left: about {in_words(left * seconds)}"
+                )
 
     def _train_epoch(self, epoch: int, first: int) -> None:
         """Trains an epoch from a step on, to its end or until a stop is requested."""
@@ -184,3 +213,10 @@ class Run:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Returns loss and accuracies in % of a model over all validation images."""
         return evaluate(model, self.loaders.validation, self.precision, self.processes, self.unreadable)
+
+
+def in_words(seconds: float) -> str:
+    """Returns a time in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

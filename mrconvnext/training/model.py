@@ -12,6 +12,7 @@ from torch import nn
 
 from mrconvnext import MRConvNeXt
 from mrconvnext.convert import options_of_file
+from mrconvnext.hub import check_name
 
 from .errors import UserError
 
@@ -34,6 +35,7 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     if args.sync_norm:
         options |= {"branch_norm": "parseval", "sync_norm": True}
     try:
+        check_name(args.model)
         if args.finetune:
             found = options_of_file(args.finetune, timm.get_pretrained_cfg_value(args.model, "classifier"))
             options["pretrained_cfg_overlay"] = {"file": str(args.finetune), "num_classes": found.pop("num_classes")}

@@ -22,6 +22,9 @@ from .seeds import derived_seed
 # How long a worker may take for a batch: it may have been stopped, or wait for a disk that is gone.
 WORKER_SECONDS = 600
 
+# Images of a batch that is evaluated, unless the arguments say how many.
+EVALUATED_AT_ONCE = 128
+
 
 class TrainBatches(Sampler):
     """The keys, (epoch, index), of one process's batches of an epoch in random order, from a step on.
@@ -115,33 +118,45 @@ def make_loaders(data: Data, args: argparse.Namespace, config: dict[str, Any], p
         UserError: If the batches do not fit the processes or the number of images, or the augmentation is unknown.
     """
     size = split_batch(args, processes.count)
-    train, validation = make_transforms(args, config)
-    options: dict[str, Any] = {
+    transform = make_transforms(args, config)[0]
+    accumulation = args.global_batch // processes.count // size
+    validation = validation_loader(data, args, config, processes)
+    if isinstance(data.train, IterableImageDataset):
+        data.train.transform = Redrawn(transform)
+        data.train.set_loader_cfg(num_workers=args.workers)
+        steps = len(data.train) * processes.count // args.global_batch  # timm's length is a process's share
+        train = DataLoader(data.train, batch_size=size, **loader_options(args, processes))
+        return Loaders(train, validation, steps, accumulation)
+    own = {"rank": processes.rank, "processes": processes.count}
+    batches = TrainBatches(len(data.train), args.global_batch, batch_size=size, seed=args.seed, **own)
+    samples = Samples(data.train, transform, args.seed, train=True)
+    train = DataLoader(samples, batch_sampler=batches, **loader_options(args, processes))
+    return Loaders(train, validation, batches.steps, accumulation)
+
+
+def validation_loader(data: Data, args: argparse.Namespace, config: dict[str, Any], processes: Processes) -> DataLoader:
+    """Returns the loader of the images that are evaluated; see `make_loaders`."""
+    size = args.batch_size or EVALUATED_AT_ONCE
+    transform = make_transforms(args, config)[1]
+    options = loader_options(args, processes)
+    if isinstance(data.validation, IterableImageDataset):
+        data.validation.transform = Redrawn(transform)
+        data.validation.set_loader_cfg(num_workers=args.workers)
+        return DataLoader(data.validation, batch_size=size, **options)
+    samples = Samples(data.validation, transform, args.seed, train=False)
+    batches = EvalBatches(len(data.validation), size, rank=processes.rank, processes=processes.count)
+    return DataLoader(samples, batch_sampler=batches, **options)
+
+
+def loader_options(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """Returns what the loaders of both splits have in common."""
+    return {
         "num_workers": args.workers,
         "persistent_workers": args.workers > 0,
         "pin_memory": processes.device.type == "cuda",
         "worker_init_fn": ignore_signals,
         "timeout": WORKER_SECONDS if args.workers > 0 else 0,
     }
-    accumulation = args.global_batch // processes.count // size
-    if isinstance(data.train, IterableImageDataset):
-        for dataset, transform in ((data.train, train), (data.validation, validation)):
-            dataset.transform = Redrawn(transform)
-            dataset.set_loader_cfg(num_workers=args.workers)
-        steps = len(data.train) * processes.count // args.global_batch  # timm's length is a process's share
-        options["batch_size"] = size
-        return Loaders(DataLoader(data.train, **options), DataLoader(data.validation, **options), steps, accumulation)
-    own = {"batch_size": size, "rank": processes.rank, "processes": processes.count}
-    batches = TrainBatches(len(data.train), global_batch=args.global_batch, seed=args.seed, **own)
-    if batches.steps == 0:
-        raise UserError(f"--global-batch {args.global_batch} is more than the {len(data.train)} training images")
-    evaluated = EvalBatches(len(data.validation), **own)
-    return Loaders(
-        DataLoader(Samples(data.train, train, args.seed, train=True), batch_sampler=batches, **options),
-        DataLoader(Samples(data.validation, validation, args.seed, train=False), batch_sampler=evaluated, **options),
-        batches.steps,
-        accumulation,
-    )
 
 
 def split_batch(args: argparse.Namespace, processes: int) -> int:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
 
@@ -117,15 +117,21 @@ class Redrawn:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Returns an image in RGB. Of 16 bits the higher 8 are taken, where Pillow would make white of all but the lowest.
+    """Returns an image in RGB, the way up that its camera noted, and on white where it is transparent.
+
+    Of 16 bits the higher 8 are taken, where Pillow would make white of all but the lowest.
 
     Raises:
         ValueError: If its pixels are floating-point numbers, whose range nobody knows.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        own = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", own.size, "white"), own).convert("RGB")
     return image.convert("RGB")
 
 
