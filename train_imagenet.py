@@ -106,14 +106,14 @@ def publish(run: Run) -> None:
         raise UserError(str(error)) from error
     model: Any = copy.deepcopy(run.model)
     model.load_state_dict(weights)
-    known = {"input_size": run.data_config["input_size"], "label_names": run.class_names}
-    model.pretrained_cfg = {**model.pretrained_cfg, **known}
+    of_others = {"tag": "", "test_input_size": None, "test_crop_pct": None, "license": None}
+    model.pretrained_cfg = {**model.pretrained_cfg, **of_others, **run.data_config, "label_names": run.class_names}
     images = f"{run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
     metrics = {f"Top-1 (%), {images}": round(run.progress.best, 2), "Epochs": len(run.progress.rows)}
     for form, fused in (("trained", False), ("fused", True)):
         folder = run.args.output / form
         with whole_folder(folder, PUBLISHED) as own:
-            saved = mrconvnext.save(model, own, fused=fused, metrics=metrics)
+            saved = mrconvnext.save(model, own, fused=fused, metrics=metrics, license=run.args.license)
         _logger.info(f"{folder}: {saved}")
 
 

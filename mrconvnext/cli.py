@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     own = command("push", push, "upload a checkpoint to the Hub, as the user that is logged in there")
     own.add_argument("repo_id", metavar="REPO_ID", help="organisation/name; made if it is not there")
     own.add_argument("--fused", action="store_true", help="upload the deployed form (default: the form it has)")
+    own.add_argument("--license", help="licence of the weights (default: that of the weights it was made with)")
     own.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     own.add_argument("--revision", help="branch (default: the main one)")
     own.add_argument("--commit-message", default="Add model", help="(default: %(default)s)")
@@ -217,6 +218,7 @@ def push(args: argparse.Namespace) -> int:
             load(args),
             args.repo_id,
             fused=args.fused,
+            license=args.license,
             private=args.private,
             revision=args.revision,
             commit_message=args.commit_message,

@@ -93,6 +93,7 @@ def save(
     fused: bool = False,
     metrics: Optional[dict[str, Any]] = None,
     model_args: Optional[dict[str, Any]] = None,
+    license: Optional[str] = None,
     images: Optional[Tensor] = None,
     limit: float = LIMIT,
 ) -> Parity:
@@ -107,6 +108,8 @@ def save(
         metrics: What was measured of it, by name, for the card.
         model_args: Arguments of ``timm.create_model`` that make such a model, beside those that are known: for models
             that `from_convnext` made of a ConvNeXt with arguments of its own.
+        license: Licence of the weights, as the Hub names it. Default: that of the weights that the model was made
+            with, if it is known; of others the card says that none is stated.
         images: Images (B, C, H, W) to compare on, as the model takes them. Default: two random ones.
         limit: Largest parity error of the logits and of any layer.
 
@@ -123,7 +126,9 @@ def save(
     folder = Path(folder)
     _check_folder(folder, fused or is_deployed(model))
     with _made(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        found = _write(model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, images, limit)
+        found = _write(
+            model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, license, images, limit
+        )
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, folder / file.name)
     return found
@@ -136,6 +141,7 @@ def push_to_hub(
     fused: bool = False,
     metrics: Optional[dict[str, Any]] = None,
     model_args: Optional[dict[str, Any]] = None,
+    license: Optional[str] = None,
     token: Optional[str] = None,
     private: Optional[bool] = None,
     revision: Optional[str] = None,
@@ -150,6 +156,7 @@ def push_to_hub(
         fused: Whether to upload the deployed form, in float32. A repository holds one form: give each its own.
         metrics: See `save`.
         model_args: See `save`.
+        license: See `save`.
         token: See ``huggingface_hub.HfApi``, as for the arguments below. Default: the one that is logged in.
         private: Whether a new repository is private. Default: as the organisation has it.
         revision: Branch, made if it is not there. Default: the main one.
@@ -169,7 +176,7 @@ def push_to_hub(
     if "/" not in repo_id:
         raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
     with tempfile.TemporaryDirectory() as temporary:
-        _write(model, Path(temporary), f"hf-hub:{repo_id}", fused, metrics, model_args, None, LIMIT)
+        _write(model, Path(temporary), f"hf-hub:{repo_id}", fused, metrics, model_args, license, None, LIMIT)
         api = HfApi(token=token, library_name="timm", library_version=timm.__version__)
         with _reaching(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -321,11 +328,12 @@ def _write(
     fused: bool,
     metrics: Optional[dict[str, Any]],
     model_args: Optional[dict[str, Any]],
+    license: Optional[str],
     images: Optional[Tensor],
     limit: float,
 ) -> Parity:
     """Writes a model's files, and reads them back. The arguments are those of `save`, and the name that timm knows."""
-    exported = _exported(model, fused)
+    exported = _exported(model, fused, license)
     arguments = _arguments(exported, model_args)
     names = exported.pretrained_cfg.pop("label_names", None)
     config = {"label_names": list(names)} if names and len(names) == exported.num_classes else None
@@ -352,7 +360,7 @@ def _write(
     return found
 
 
-def _exported(model: MRConvNeXt, fused: bool) -> MRConvNeXt:
+def _exported(model: MRConvNeXt, fused: bool, license: Optional[str]) -> MRConvNeXt:
     """Returns the copy of a model that is written, its configuration that of the model as it is now."""
     exported = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     if fused:
@@ -363,6 +371,10 @@ def _exported(model: MRConvNeXt, fused: bool) -> MRConvNeXt:
         "input_size": input_size,
         "num_classes": exported.num_classes,
     }
+    if model.started_from is None:  # what timm says of published weights is not true of these
+        exported.pretrained_cfg |= {"tag": "", "license": None}
+    if license is not None:
+        exported.pretrained_cfg["license"] = license
     return exported
 
 
@@ -396,10 +408,13 @@ def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[st
         "Classes": model.num_classes,
         "Started from": model.started_from or "not recorded",
         "Largest difference from the model it was made of": str(found),
+        "Licence": cfg.get("license") or "not stated",
         **(metrics or {}),
     }
-    license = cfg.get("license") or "apache-2.0"
-    known: Any = {"license": license} if license in KNOWN_LICENSES else {"license": "other", "license_name": license}
+    license = cfg.get("license")
+    known: Any = {"license": "other", "license_name": license}
+    if license in (None, *KNOWN_LICENSES):
+        known = {"license": license}
     tags = ["image-classification", "timm", "mrconvnext"]
     data = ModelCardData(tags=tags, pipeline_tag="image-classification", library_name="timm", **known)
     return CARD.format(

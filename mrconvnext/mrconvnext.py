@@ -116,7 +116,7 @@ class MRConvNeXt(ConvNeXt):
         if len(sides) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in sides):
             raise ValueError(f"img_size must be one or two integers of at least {smallest_image}, got {img_size}")
         min_lengths = for_each_stage("min_lengths", min_lengths)
-        # What `hub` writes: where the weights came from on the Hub, and what makes the model again.
+        # What `hub` writes: where the weights came from, and what makes the model again.
         self.started_from: Optional[str] = None
         self.model_args = {"img_size": sides, "kernel_sizes": kernel_sizes, "min_lengths": min_lengths}
         self.model_args.update({name: value for name, value in options.items() if name not in NOT_SAVED})
@@ -293,7 +293,10 @@ def _create_mrconvnext(
             f"the safetensors file of {cfg.file or cfg.hf_hub_id} is damaged ({error}): write it again, or remove it "
             "from the cache and download it again"
         ) from error
-    if pretrained and not (cfg.file or cfg.state_dict):
+    if pretrained and cfg.file:
+        file = Path(cfg.file)
+        model.started_from = file.parent.name if file.name == "model.safetensors" else file.name
+    elif pretrained and not cfg.state_dict:
         model.started_from = cfg.hf_hub_id
     return model
 

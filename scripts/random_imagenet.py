@@ -1,8 +1,8 @@
 """Writes random JPEGs in ImageNet's folder layout, to try a training run with before the real data is there.
 
     python scripts/random_imagenet.py imagenet --per-class 2
-    python train_imagenet.py --data-dir imagenet --recipe imagenet --epochs 1 --warmup-epochs 0 --global-batch 64 --log-interval 1 \
-        --output trial
+    python train_imagenet.py --data-dir imagenet --recipe imagenet --epochs 1 --warmup-epochs 0 --global-batch 64 \
+        --log-interval 1 --output trial
 """
 
 import argparse

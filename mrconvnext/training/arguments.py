@@ -230,6 +230,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="", choices=("", "auto"), help=resume)
     evaluate = "evaluate the run's best weights, or those given, as they are and deployed"
     add("--evaluate", action="store_true", help=evaluate)
+    add("--license", help="licence of the weights, for the model cards (default: none is stated)")
     add("--seed", type=seed, default=42, help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=device, help="(default: %(default)s)")

@@ -19,7 +19,17 @@ _logger = logging.getLogger(__name__)
 ARGUMENTS = "args.yaml"
 
 # Arguments that may change when a run is resumed.
-CHANGEABLE = {"resume", "output", "epochs", "workers", "device", "log_interval", "checkpoint_interval", "evaluate"}
+CHANGEABLE = {
+    "resume",
+    "output",
+    "epochs",
+    "workers",
+    "device",
+    "log_interval",
+    "checkpoint_interval",
+    "evaluate",
+    "license",
+}
 
 
 def check_output(args: argparse.Namespace) -> None:
