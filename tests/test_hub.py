@@ -77,7 +77,7 @@ def test_round_trip_through_a_folder(options: dict, fused: bool, tmp_path: Path)
 @pytest.mark.parametrize("fused", [False, True])
 def test_round_trip_through_the_hub(fused: bool, hub: Hub, token: str) -> None:
     model = small_model("mrconvnextv2_tiny")
-    url = mrconvnext.push_to_hub(model, REPO, fused=fused, metrics={"Top-1 (%)": 81.25})
+    url = mrconvnext.push_to_hub(model, REPO, fused=fused, metrics={"Top-1 (%)": 81.25}, license="cc-by-nc-4.0")
     assert url.startswith(f"{hub.address}/{REPO}/commit/")
     assert set(huggingface_hub.list_repo_files(REPO)) == FILES == set(hub.repositories[REPO].files("main"))
     card = hub.repositories[REPO].files("main")["README.md"].decode()
@@ -144,6 +144,20 @@ def test_models_in_channels_last_order(tmp_path: Path) -> None:
     assert_same(
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True), model.to(memory_format=torch.contiguous_format)
     )
+
+
+def test_what_is_not_known_of_weights_is_not_said(tmp_path: Path) -> None:
+    model = small_model()
+    assert model.pretrained_cfg["license"] == "apache-2.0"  # of the weights that timm has of this name
+    mrconvnext.save(model, tmp_path / "a")
+    card, config = ((tmp_path / "a" / name).read_text() for name in ("README.md", "config.json"))
+    assert "license:" not in card and "**Licence:** not stated" in card
+    assert "tag" not in (cfg := json.loads(config)["pretrained_cfg"]) and "license" not in cfg
+    mrconvnext.save(model, tmp_path / "b", license="mit")
+    fused = timm.create_model(f"local-dir:{tmp_path}/b", pretrained=True)
+    mrconvnext.save(fused, tmp_path / "c", fused=True)
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "license: mit" in card and "**Started from:** b" in card
 
 
 @pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
