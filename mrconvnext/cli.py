@@ -3,6 +3,7 @@
 import argparse
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="where to write the pictures")
     own.add_argument("--images", metavar="FOLDER", help="images that gradients are taken on (default: random ones)")
     own.add_argument("--max-images", type=positive, default=8, help="number of them that are taken (default: 8)")
+
+    own = command("onnx", to_onnx, "write the deployed form as an ONNX file, for one size of images and any batch")
+    own.add_argument("file", metavar="FILE", type=Path, help="where to write")
 
     own = command("classify", classify, "print the most probable classes of images")
     own.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="files")
@@ -255,6 +259,20 @@ def evaluate(args: argparse.Namespace) -> int:
     unreadable = UnreadableFiles(limit=len(samples))
     found = evaluated(precision.model(model), loader, precision, Processes(0, 1, device), unreadable)
     print(f"{len(samples)} images of {args.data_dir}: " + ", ".join(f"{name} {own:.6g}" for name, own in found.items()))
+    return 0
+
+
+def to_onnx(args: argparse.Namespace) -> int:
+    try:
+        from timm.utils.onnx import onnx_export
+    except ImportError as error:
+        raise ValueError(f'onnx needs more libraries ({error}): pip install "mrconvnext[onnx]"') from error
+    model = load(args).reparameterize()
+    size = (model.stem[0].in_channels, *model.pretrained_cfg["input_size"][1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        onnx_export(model=model, output_file=str(args.file), batch_size=2, input_size=size)
+    print(f"{args.file}: images (any batch, {', '.join(map(str, size))}) to logits (any batch, {model.num_classes})")
     return 0
 
 
