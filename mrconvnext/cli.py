@@ -13,12 +13,23 @@ from PIL import Image
 from timm.data import create_reader, create_transform, resolve_data_config
 from timm.models.convnext import ConvNeXt
 from timm.utils import ParseKwargs
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .convert import options_of_file
 from .flops import count_flops
-from .hub import HTTP_ERROR, LIMIT, check_name, is_deployed, parity, push_to_hub, random_images, read_config, save
+from .hub import (
+    HTTP_ERROR,
+    LIMIT,
+    check_name,
+    form_of,
+    is_deployed,
+    parity,
+    push_to_hub,
+    random_images,
+    read_config,
+    save,
+)
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
 from .training.datasets import class_folders, classes_of, has_split
@@ -310,10 +321,6 @@ def info(args: argparse.Namespace) -> int:
         lines[f"stage {i + 1}"] = f"{len(stage.blocks)} blocks, {describe(stage.blocks[0].conv_dw)}"
     print("\n".join(f"{name:13} {value}" for name, value in lines.items()))
     return 0
-
-
-def form_of(model: nn.Module) -> str:
-    return "deployed form" if is_deployed(model) else "training form"
 
 
 def describe(layer: MRConv2d) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -33,36 +33,6 @@ HTTP_ERROR: type[Exception] = next(
     (base for base in HfHubHTTPError.__mro__ if issubclass(base, Exception) and base.__name__ == "HTTPError"),
     HfHubHTTPError,
 )
-
-# Licences that a card may name without saying more; timm gives others by a name of their own.
-KNOWN_LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0")
-
-DESCRIPTION = (
-    "An image model of mrconvnext: a ConvNeXt whose depthwise convolutions also look at the whole image, by "
-    "multi-resolution convolutions ([MRConv, NeurIPS 2024](https://arxiv.org/abs/2408.09453))."
-)
-
-CARD = """---
-{data}
----
-
-# Model card for {title}
-
-{description}
-
-## Model Details
-
-{details}
-
-## Model Usage
-
-```python
-import timm
-import mrconvnext  # registers the models
-
-model = timm.create_model("{name}", pretrained=True).eval()
-```
-"""
 
 
 class Parity(NamedTuple):
@@ -231,6 +201,11 @@ def check_name(name: str, also: str = "") -> None:
         raise ValueError(f"{name} is not {also}a model that timm knows: {hint}")
 
 
+def form_of(model: nn.Module) -> str:
+    """Returns in words which form a model is in."""
+    return "deployed form" if is_deployed(model) else "training form"
+
+
 def is_deployed(model: nn.Module) -> bool:
     """Returns whether all layers of a model are in deployed form."""
     return all(layer.kernel is not None for layer in model.modules() if isinstance(layer, MRConv2d))
@@ -356,7 +331,12 @@ def _write(
             f"model_args: {json.dumps(arguments)}"
         )
     _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
-    (folder / "README.md").write_text(_card(exported, name, found, metrics), encoding="utf-8")
+    details = {
+        "Form": form_of(exported),
+        "Largest difference from the model it was made of": str(found),
+        **(metrics or {}),
+    }
+    (folder / "README.md").write_text(card(exported, name, details), encoding="utf-8")
     return found
 
 
@@ -395,32 +375,3 @@ def _arguments(model: MRConvNeXt, given: Optional[dict[str, Any]]) -> dict[str, 
                 f"the argument {name}={value!r} can't be written to config.json: make the model with a name instead"
             ) from error
     return arguments
-
-
-def _card(model: MRConvNeXt, name: str, found: Parity, metrics: Optional[dict[str, Any]]) -> str:
-    """Returns a model's card: what the Hub reads of it, then text."""
-    cfg = model.pretrained_cfg
-    details = {
-        "Architecture": cfg["architecture"],
-        "Form": "deployed, one kernel a layer" if is_deployed(model) else "training, branches and local taps",
-        "Parameters (M)": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
-        "Image size": " x ".join(str(side) for side in cfg["input_size"][1:]),
-        "Classes": model.num_classes,
-        "Started from": model.started_from or "not recorded",
-        "Largest difference from the model it was made of": str(found),
-        "Licence": cfg.get("license") or "not stated",
-        **(metrics or {}),
-    }
-    license = cfg.get("license")
-    known: Any = {"license": "other", "license_name": license}
-    if license in (None, *KNOWN_LICENSES):
-        known = {"license": license}
-    tags = ["image-classification", "timm", "mrconvnext"]
-    data = ModelCardData(tags=tags, pipeline_tag="image-classification", library_name="timm", **known)
-    return CARD.format(
-        data=data.to_yaml(),
-        title=name.partition(":")[2].rpartition("/")[2],
-        description=DESCRIPTION,
-        details="\n".join(f"- **{key}:** {value}" for key, value in details.items()),
-        name=name,
-    )
