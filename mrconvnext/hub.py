@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from .card import card
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt
 
