@@ -4,7 +4,7 @@
 # make timm        run timm's own model tests over our models: make timm MODELS="atto tiny v2_atto"
 # make lint        check the code's style and types
 # make clients     try real clients of the models (torchao, peft, accelerate, …) in an environment of their own
-# make attack      kill runs at random moments and damage their folders: ten minutes
+# make attack      kill runs, damage their folders, load hostile files, compare random layers: more than an hour
 # make sanitize    run the tests of the compiled engine with AddressSanitizer and UndefinedBehaviorSanitizer in it
 # make newest      run the contract tests with timm's newest release, and say which signatures moved
 PYTHON ?= python3

@@ -8,6 +8,7 @@ from typing import Any
 
 from .datasets import Data, SizedDataset
 from .errors import UserError
+from .samples import Samples
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def settle(args: argparse.Namespace, data: Data) -> None:
 
     Raises:
         UserError: If there are fewer images than a step takes.
+        OSError: If hardly any can be read.
     """
     images = len(data.train)
     started = args.pretrained or args.finetune is not None
@@ -73,14 +75,9 @@ def choices(recipe: str, data: Data) -> dict[str, Any]:
 
 def side_for(images: SizedDataset) -> int:
     """Returns the side that images have, about, in steps of 32 pixels, from 64 to 224: larger ones would cost more."""
-    step = max(1, len(images) // 50)
-    sides = []
-    for i in range(0, len(images), step):
-        try:
-            sides.append(min(images[i][0].size))
-        except Exception:  # noqa: S112  of Pillow's readers, whatever it is; what can't be read is passed over later
-            continue
-    return min(max(32 * math.ceil(statistics.median(sides or [224]) / 32), 64), 224)
+    samples = Samples(images, transform=lambda image: image.size, seed=0, train=True)
+    sides = [min(samples[0, i].image) for i in range(0, len(images), max(1, len(images) // 50))]
+    return min(max(32 * math.ceil(statistics.median(sides) / 32), 64), 224)
 
 
 def doubts(args: argparse.Namespace, images: int) -> list[str]:

@@ -62,10 +62,10 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, processes: Processes, stop: Optional[threading.Event] = None) -> None:
         self.args, self.processes, self.stop = args, processes, stop or threading.Event()
-        seed_all(args.seed)
         data = open_data(args)
         settle(args, data)
         check_output(args)
+        seed_all(args.seed)
         self.class_names = data.names
         self.precision = Precision.of(args, processes.device)
         self.model: Any = self.precision.model(make_model(args, data.classes))
