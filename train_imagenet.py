@@ -43,6 +43,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Trains or evaluates as the command line says, and returns the exit status."""
     args = parse_args(argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("timm").setLevel(logging.WARNING)  # which says of one file three times that it is loaded
     try:
         with process_group(args.device) as processes, ending_workers():
             if processes.rank != 0:
@@ -106,7 +107,7 @@ def publish(run: Run) -> None:
         raise UserError(str(error)) from error
     model: Any = copy.deepcopy(run.model)
     model.load_state_dict(weights)
-    of_others = {"tag": "", "test_input_size": None, "test_crop_pct": None, "license": None}
+    of_others = dict.fromkeys(("tag", "license", "test_input_size", "test_crop_pct"))
     model.pretrained_cfg = {**model.pretrained_cfg, **of_others, **run.data_config, "label_names": run.class_names}
     images = f"{run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
     metrics = {f"Top-1 (%), {images}": round(run.progress.best, 2), "Epochs": len(run.progress.rows)}

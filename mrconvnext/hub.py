@@ -23,8 +23,6 @@ from .card import card
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt
 
-_logger = logging.getLogger(__name__)
-
 # Largest parity error that a saved model may have. Rounding is a hundredth of it.
 LIMIT = 1e-4
 
@@ -316,7 +314,7 @@ def _write(
     save_for_hf(exported, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes private
     try:
-        with torch.random.fork_rng(devices=[]):  # a run that saves goes on as it would have
+        with _quiet_timm(), torch.random.fork_rng(devices=[]):  # a run that saves goes on as it would have
             again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, TypeError) as error:
         raise ValueError(
@@ -331,7 +329,6 @@ def _write(
             "that are not finite; if the model was made with arguments that are not among these, give them as "
             f"model_args: {json.dumps(arguments)}"
         )
-    _logger.info(f"{name}: {'deployed' if is_deployed(exported) else 'training'} form, parity error: {found}")
     details = {
         "Form": form_of(exported),
         "Largest difference from the model it was made of": str(found),
@@ -339,6 +336,18 @@ def _write(
     }
     (folder / "README.md").write_text(card(exported, name, details), encoding="utf-8")
     return found
+
+
+@contextlib.contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Keeps timm from logging that it loads weights, as it does where they are read back."""
+    logger = logging.getLogger("timm")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _exported(model: MRConvNeXt, fused: bool, license: Optional[str]) -> MRConvNeXt:
@@ -353,7 +362,7 @@ def _exported(model: MRConvNeXt, fused: bool, license: Optional[str]) -> MRConvN
         "num_classes": exported.num_classes,
     }
     if model.started_from is None:  # what timm says of published weights is not true of these
-        exported.pretrained_cfg |= {"tag": "", "license": None}
+        exported.pretrained_cfg |= dict.fromkeys(("tag", "license", "test_input_size", "test_crop_pct"))
     if license is not None:
         exported.pretrained_cfg["license"] = license
     return exported

@@ -296,6 +296,8 @@ def _create_mrconvnext(
     if pretrained and cfg.file:
         file = Path(cfg.file)
         model.started_from = file.parent.name if file.name == "model.safetensors" else file.name
+        if cfg.hf_hub_id:  # the file took the place of published weights, of which this is said
+            model.pretrained_cfg = {**model.pretrained_cfg, "tag": None, "license": None}
     elif pretrained and not cfg.state_dict:
         model.started_from = cfg.hf_hub_id
     return model

@@ -135,7 +135,8 @@ def test_a_file_of_ones_own_is_no_published_weights(tmp_path: Path) -> None:
     overlay = dict(file=str(tmp_path / "own.pth"), num_classes=10)
     model = timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
     mrconvnext.save(model, tmp_path / "saved")
-    assert "Started from:** not recorded" in (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "Started from:** own.pth" in card and "**Licence:** not stated" in card
 
 
 def test_models_in_channels_last_order(tmp_path: Path) -> None:

@@ -289,6 +289,8 @@ def test_what_is_no_image_is_passed_over(images: Path, options: list[str], tmp_p
     assert "0/0.jpg" in skipped or "2/0.jpg" in skipped or "pipe.jpg" in skipped
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:PIL")
+@pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning")
 def test_images_cut_anywhere_are_read_or_passed_over(tmp_path: Path) -> None:
     """Of every format that Pillow writes, whatever their names say."""
     Image.init()

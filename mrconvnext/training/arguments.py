@@ -14,8 +14,10 @@ from timm.utils import ParseKwargs
 # Of kernels made for larger images none of their layers would fit into memory.
 LARGEST_SIDE = 4096
 
-# What evaluating a run's weights does not take over: how it started and was called.
-NOT_TAKEN_OVER = ("output", "resume", "evaluate", "pretrained", "finetune", "device", "workers")
+# What resuming a run does not take over, which is how it was called, and what evaluating its weights does not: where
+# these came from as well.
+OF_CALL = ("output", "resume", "evaluate", "device", "workers")
+OF_STARTING = (*OF_CALL, "pretrained", "finetune")
 
 
 def positive(text: str) -> int:
@@ -121,10 +123,12 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
     args = parser.parse_args(argv)
-    if args.evaluate:
-        parser.set_defaults(**arguments_of(args.output))
-        args = parser.parse_args(argv)
-    args.given = given(parser, argv)
+    of_run = (
+        arguments_of(args.output, OF_STARTING if args.evaluate else OF_CALL) if args.evaluate or args.resume else {}
+    )
+    parser.set_defaults(**of_run)
+    args = parser.parse_args(argv)
+    args.given = given(parser, argv) | set(of_run)
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:
@@ -142,8 +146,8 @@ def given(parser: argparse.ArgumentParser, argv: Optional[list[str]]) -> set[str
     return {name for name, value in vars(parser.parse_args(argv)).items() if value is not missing}
 
 
-def arguments_of(run: Path) -> dict[str, Any]:
-    """Returns the arguments of a run that evaluating its weights takes over: its model and data; none without a run."""
+def arguments_of(run: Path, but_for: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the arguments of a run but for some; none without a run, or of one whose arguments are damaged."""
     file = run / "args.yaml"
     if not file.is_file():
         return {}
@@ -153,7 +157,7 @@ def arguments_of(run: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         return {}
-    return {name: value for name, value in found.items() if name not in NOT_TAKEN_OVER}
+    return {name: value for name, value in found.items() if name not in but_for}
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,8 @@ def settle(args: argparse.Namespace, data: Data) -> None:
     images = len(data.train)
     started = args.pretrained or args.finetune is not None
     args.recipe = args.recipe or ("finetune" if started else "small" if images < MANY else "imagenet")
-    chosen = {name: own for name, own in choices(args.recipe, data).items() if name not in args.given}
+    given = {name: getattr(args, name) for name in args.given}
+    chosen = {name: own for name, own in choices(args.recipe, data, given).items() if name not in given}
     vars(args).update(chosen)
     words = ", ".join(f"--{name.replace('_', '-')} {_as_words(own)}" for name, own in sorted(chosen.items()))
     _logger.info(f"recipe {args.recipe} for {images} images{': ' if words else ''}{words}")
@@ -56,19 +57,23 @@ def settle(args: argparse.Namespace, data: Data) -> None:
         _logger.warning(line)
 
 
-def choices(recipe: str, data: Data) -> dict[str, Any]:
-    """Returns the arguments that a recipe chooses for images; "imagenet" is what the command line has without one."""
+def choices(recipe: str, data: Data, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that a recipe chooses for images, beside given ones that it may have to do with.
+
+    "imagenet" is what the command line has without one.
+    """
     if recipe == "imagenet":
         return {}
     images = len(data.train)
     batch = 2 ** min(max(round(math.log2(max(images, 1) / 40)), 2), 7 if recipe == "finetune" else 8)
+    batch = given.get("global_batch", batch)
     steps = max(images // batch, 1)  # of an epoch
     least, most = EPOCHS[recipe]
-    epochs = min(max(round(STEPS[recipe] / steps), least), most)
+    epochs = given.get("epochs", min(max(round(STEPS[recipe] / steps), least), most))
     own = {"global_batch": batch, "epochs": epochs, "warmup_epochs": epochs / 20}
     # The averaged weights forget after the last twentieth of the run.
     own["model_ema_decay"] = round(1 - 1 / max(epochs * steps / 20, 2), 4)
-    if recipe == "small" and hasattr(data.train, "__getitem__"):
+    if recipe == "small" and "img_size" not in given and hasattr(data.train, "__getitem__"):
         own["img_size"] = side_for(data.train)
     return {**own, **COMMON, **FIXED[recipe]}
 

@@ -83,12 +83,14 @@ class Run:
         args, loaders, count = self.args, self.loaders, self.processes.count
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         names = self.class_names or []
+        started = getattr(self.model, "started_from", None)
         some = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
         share = args.global_batch // count
         size = " x ".join(str(side) for side in self.data_config["input_size"][1:])
         return "\n".join(
             [
-                f"model {args.model}, {parameters / 1e6:.2f}M parameters, {self.model.num_classes} classes{some}",
+                f"model {args.model}, {parameters / 1e6:.2f}M parameters, {self.model.num_classes} classes{some}"
+                f"{f'; started from {started}' if started else ''}",
                 f"images {self.images[0]} to train, {self.images[1]} held out, of {size} pixels; {args.epochs} epochs",
                 f"{loaders.steps} steps an epoch of {args.global_batch} images: {count} processes × "
                 f"{loaders.accumulation} batches of {share // loaders.accumulation}, on {self.processes.device}, at a "

@@ -21,7 +21,7 @@ from .seeds import derived_seed, seed_all
 _logger = logging.getLogger(__name__)
 
 # What may stand in an image file, by Pillow's names. Its other readers are seldom used, and may run programs.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 # The target of an image that stands in for an unreadable one where each image counts.
 NO_TARGET = -1

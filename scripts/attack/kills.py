@@ -1,5 +1,6 @@
 """Runs that are killed or stopped, and runs that get in each other's way."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -138,7 +139,7 @@ def by_signals(folder: Path, choose: random.Random, count: int) -> list[str]:
         process = setting.start(run)
         process.process.join((i + 0.5) / count * setting.seconds)
         was_there = run.exists()
-        if process.process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
             process.signal(number)
         process.process.join()
         status = process.process.exitcode
