@@ -42,7 +42,7 @@ def main() -> None:
     convnext: Any = timm.create_model("convnext_tiny").eval()
     models = {"ours": ours.reparameterize(), "depthwise": use_fused_blocks(convnext)}
     rate = multiply_adds_per_millisecond(args.rounds)
-    print(f"matrix products: {2e-6 * rate:.0f} GFLOP/s\n")
+    print(f"matrix products: {2e-6 * rate:.0f} GFLOP/s")
     for batch in args.batch_sizes:
         print_table(batch, alone(models, batch, args.rounds), in_model(models, batch, args.rounds), floor(batch, rate))
 
@@ -118,7 +118,7 @@ def milliseconds(function: Callable, x: Tensor) -> float:
 
 
 def print_table(batch: int, *tables: list[dict[str, float]]) -> None:
-    print(f"| batch | stage | {' | depthwise | ratio | '.join(KINDS)} | depthwise | ratio |")
+    print(f"\n| batch | stage | {' | depthwise | ratio | '.join(KINDS)} | depthwise | ratio |")
     print(f"| --- | --- {3 * len(tables) * '| --- '}|")
     sums = [{name: sum(n * row[name] for n, row in zip((3, 3, 9, 3), table)) for name in NAMES} for table in tables]
     for stage, rows in [*enumerate(zip(*tables), start=1), ("all 18", sums)]:

@@ -224,7 +224,8 @@ import sys
 import beside
 import timm
 
-print(__name__, beside.value, sys.argv[1:], len(timm.list_models("mrconvnext_*")))
+# In one piece: two processes may write at once.
+sys.stdout.write(f"{__name__} {beside.value} {sys.argv[1:]} {len(timm.list_models('mrconvnext_*'))}\\n")
 """
 
 
