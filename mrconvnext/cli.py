@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (HTTP_ERROR, OSError, RuntimeError, TypeError, UserError, ValueError) as error:
-        print(f"mrconvnext {args.command}: {error}", file=sys.stderr)
+        print(f"mrconvnext {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 

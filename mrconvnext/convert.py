@@ -177,17 +177,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         for name, given in state_dict.items()
         if name in own and not name.startswith(of_any_shape) and given.shape != own[name].shape
     ]
-    numbers = [
-        f"{name} of {given.dtype}"
-        for name, given in state_dict.items()
-        if name in own and own[name].is_floating_point() and not given.is_floating_point()
-    ]
-    problems = {
-        "missing": missing,
-        "not in the model": unexpected,
-        "of another shape": reshaped,
-        "not floating-point": numbers,
-    }
+    problems = {"missing": missing, "not in the model": unexpected, "of another shape": reshaped}
     found = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
     if found:
         raise RuntimeError(

@@ -18,6 +18,7 @@ from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .engines.block import use_fused_blocks
 from .mrconv import MRConv2d, check_input
 from .options import BranchOptions
+from .state import check_numbers
 
 __all__ = ["MRConvNeXt"]
 
@@ -143,6 +144,7 @@ class MRConvNeXt(ConvNeXt):
                 )
                 seed += 1
         use_fused_blocks(self)
+        self.register_load_state_dict_pre_hook(check_numbers)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -13,8 +13,8 @@ from .kernels import SparseKernels, check_lags
 # Of what a layer's state dict holds. 1 had a module for each branch.
 FORMAT = 2
 
-# What holds no floating-point numbers beside `entries`.
-WHOLE_NUMBERS = ("kernels.lags", "norm.num_batches_tracked")
+# Parameters of either form of a layer.
+OF_LAYER = ("alpha", "kernel", "weight", "bias")
 
 
 def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -132,10 +132,7 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
                 "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
                 "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
             )
-    for name in trainable_names(layer):
-        given = state_dict.get(prefix + name)
-        if given is not None and not given.is_floating_point() and name not in WHOLE_NUMBERS:
-            raise RuntimeError(f"{prefix}{name} must hold floating-point numbers, the state dict has {given.dtype}")
+    check_numbers(layer, state_dict, prefix)
     shapes = {
         "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
         "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],
@@ -146,6 +143,16 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
             raise RuntimeError(
                 f"size mismatch for {prefix}{name}: {tuple(given.shape)} given, {allowed[0]} in the layer"
             )
+
+
+def check_numbers(module: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Raises a RuntimeError if a state dict has whole numbers or booleans for weights, which PyTorch would take."""
+    own = (*module.named_parameters(), *module.named_buffers())
+    names = [name for name, tensor in own if tensor.is_floating_point()]
+    for name in dict.fromkeys((*names, *OF_LAYER)):
+        given = state_dict.get(prefix + name)
+        if given is not None and not given.is_floating_point():
+            raise RuntimeError(f"{prefix}{name} must hold floating-point numbers, the state dict has {given.dtype}")
 
 
 def _differs(name: str, given: torch.Tensor, value: list[int]) -> bool:

@@ -6,6 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from timm.models import is_model_in_modules
+
 from .datasets import Data, SizedDataset
 from .errors import UserError
 from .samples import Samples
@@ -45,6 +47,8 @@ def settle(args: argparse.Namespace, data: Data) -> None:
     args.recipe = args.recipe or ("finetune" if started else "small" if images < MANY else "imagenet")
     given = {name: getattr(args, name) for name in args.given}
     chosen = {name: own for name, own in choices(args.recipe, data, given).items() if name not in given}
+    if not is_model_in_modules(args.model, ["convnext", "mrconvnext"]):
+        chosen.pop("ls_init", None)  # which others have not, or not by this name
     vars(args).update(chosen)
     words = ", ".join(f"--{name.replace('_', '-')} {_as_words(own)}" for name, own in sorted(chosen.items()))
     _logger.info(f"recipe {args.recipe} for {images} images{': ' if words else ''}{words}")

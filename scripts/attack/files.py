@@ -131,7 +131,7 @@ def put_code(folder: Path, choose: random.Random) -> str:
     """Puts a pickle that makes a file when it is loaded in the place of the weights, or beside a folder without."""
     name = choose.choice(["model.safetensors", "pytorch_model.bin"])
     (folder / "model.safetensors").unlink()
-    payload = pickle.dumps(_Code(folder / "code-was-run"))
+    payload = pickle.dumps(_Code(folder / "code-was-run"), protocol=2)  # of others PyTorch warns
     if choose.random() < 0.5:
         with open(folder / name, "wb") as file:
             torch.save({"weight": _Code(folder / "code-was-run")}, file)
@@ -178,9 +178,7 @@ def by_command(folder: Path) -> nn.Module:
 
 def by_script(folder: Path) -> nn.Module:
     options = [f"{name}={value}" for name, value in SMALL.items() if name not in ("num_classes", "img_size")]
-    words = (
-        f"--dataset digits --img-size 64 --num-classes 10 --global-batch 16 --epochs 1 --lr 0 --model {NAME}".split()
-    )
+    words = f"--dataset digits --img-size 64 --model {NAME}".split()
     run = folder / "run"
     arguments = [*words, "--model-kwargs", *options, "--finetune", _weights(folder), "--output", run, "--evaluate"]
     _in_one_line(lambda: train(*arguments))

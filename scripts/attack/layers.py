@@ -34,7 +34,9 @@ def random_layers(folder: Path, choose: random.Random, count: int) -> list[str]:
             deployed = copy.deepcopy(layer)
             deployed.reparameterize()
             for form, own in (("training form", layer), ("deployed", deployed)):
-                error = relative_error(own(x), expected)
+                # Where branches cancel each other, what is left of them is as uncertain as they were.
+                scale = max(expected.abs().max(), x.abs().max())
+                error = ((own(x).double() - expected).abs().max() / scale).item()
                 largest = max(largest, error / LIMITS[x.dtype])
                 if not error <= LIMITS[x.dtype]:
                     findings.append(
@@ -51,7 +53,7 @@ def random_models(folder: Path, choose: random.Random, count: int) -> list[str]:
         torch.manual_seed(choose.randrange(2**31))
         options = random_options(choose)
         size = choose.choice([32, 33, 48, (40, 64)])
-        shape: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": tuple(choose.randrange(2, 20) for _ in range(4))}
+        shape: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": tuple(choose.randrange(8, 24) for _ in range(4))}
         kernel_sizes = tuple(choose.choice([0, 1, 3, 5, 7]) for _ in range(4))
         name = choose.choice(["mrconvnext_atto", "mrconvnextv2_atto", "mrconvnext_tiny"])
         options.update(img_size=size, num_classes=3, kernel_sizes=kernel_sizes, patch_size=choose.choice([1, 2, 4]))
