@@ -26,9 +26,10 @@ def main() -> None:
 def imports_of(package: Path) -> dict[str, set[str]]:
     """Returns for each module of a package, by its path such as ``engines/cpu``, the modules of it that it imports."""
     files = {str(file.relative_to(package).with_suffix("")): file for file in package.rglob("*.py")}
+    files = {name: file for name, file in files.items() if not name.startswith(OF_SCRIPTS)}
     found = {}
     for name, file in files.items():
-        if name != "__init__" and not name.startswith(OF_SCRIPTS):
+        if name != "__init__":
             folder = file.parent
             nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
             own = {target for node in nodes if node.level for target in targets(node, folder, package)}
