@@ -32,6 +32,7 @@ from .hub import (
 )
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
+from .training.arguments import natural, positive
 from .training.datasets import class_folders, classes_of, has_split
 from .training.errors import UserError
 from .training.evaluation import evaluate as evaluated
@@ -123,20 +124,6 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("info", info, "print a checkpoint's form, kernels, grid, parameters and GFLOPs")
     return parser
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def load(args: argparse.Namespace) -> MRConvNeXt:

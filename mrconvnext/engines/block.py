@@ -190,7 +190,8 @@ def _after_convolution(
 def _by_pytorch(weights: Weights, eps: float, y: Tensor, scale: Optional[Tensor]) -> Tensor:
     """Returns what `_after_convolution` adds to its shortcut, by operations whose gradients have gradients."""
     rows = F.layer_norm(rows_of(y), (y.shape[1],), weight=weights.norm, bias=weights.norm_bias, eps=eps)
-    rows = F.linear(F.gelu(F.linear(rows, weights.first, weights.first_bias)), weights.second, weights.second_bias)
+    hidden = F.gelu(F.linear(rows, weights.first, bias=weights.first_bias))
+    rows = F.linear(hidden, weights.second, bias=weights.second_bias)
     rows = rows * weights.gamma if scale is None else rows * weights.gamma * scale.unsqueeze(1)
     return rows.view(y.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
 
@@ -247,19 +248,21 @@ def _gradients(
         features, grad_hidden, product = _matrices(len(own), wide, wide, channels)
         if own_scale is not None:
             own_grad = own_grad * own_scale.unsqueeze(1)
-        normalised, mean, inverse = torch.native_layer_norm(own, (channels,), weights.norm, weights.norm_bias, eps)
+        normalised, mean, inverse = torch.native_layer_norm(
+            input=own, normalized_shape=(channels,), weight=weights.norm, bias=weights.norm_bias, eps=eps
+        )
         torch.mm(own_grad, second, out=grad_hidden)
         torch.ops.mrconvnext.bias_gelu_backward(own_hidden, weights.first_bias, grad_hidden, features)
         torch.mm(grad_hidden, weights.first, out=product)
         found, norm, norm_bias = torch.ops.aten.native_layer_norm_backward(
-            product,
-            own,
-            (channels,),
-            mean,
-            inverse,
-            weights.norm,
-            weights.norm_bias,
-            (True, with_weights, with_weights),
+            grad_out=product,
+            input=own,
+            normalized_shape=(channels,),
+            mean=mean,
+            rstd=inverse,
+            weight=weights.norm,
+            bias=weights.norm_bias,
+            output_mask=(True, with_weights, with_weights),
         )
         own_grad_y.copy_(found)
         if with_weights:

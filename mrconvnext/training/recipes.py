@@ -10,6 +10,7 @@ from timm.models import is_model_in_modules
 
 from .datasets import Data, SizedDataset
 from .errors import UserError
+from .model import learning_rate
 from .samples import Samples
 
 _logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def doubts(args: argparse.Namespace, images: int) -> list[str]:
     started = args.pretrained or args.finetune is not None
     if not started and args.ls_init is None and steps < 5000 and "convnext" in args.model:
         found.append(f"{steps} steps hardly open layer scales that start at 1e-6: give --ls-init 0.1")
-    rate = args.lr if args.no_lr_scaling else args.lr * args.global_batch / 4096
+    rate = learning_rate(args)
     if not started and rate * steps < 0.02:
         found.append(f"{steps} steps at a learning rate of {rate:.1e} hardly move weights that are random")
     return found
