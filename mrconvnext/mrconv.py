@@ -334,8 +334,9 @@ class MRConv1d(LongConvolution):
     """A depthwise convolution of sequences with several long kernels, each normalised and weighted.
 
     The layer of MRConv (Cunningham et al. 2024, section 3), on (B, C, L): an image of one column, without local taps.
-    Sequences may have any length; the kernels keep theirs. Causal and with Fourier kernels unless the options say
-    otherwise.
+    Sequences may have any length; the kernels keep theirs. The options and their defaults are those of `MRConv2d`, but
+    for ``bidirectional``, which is ``False`` here: a sequence has a direction, and a causal layer can be run step by
+    step; an image has none.
 
     Args:
         channels: Number of channels C.
@@ -371,7 +372,7 @@ class MRConv1d(LongConvolution):
             kernel_size=0,
             dilation=1,
             bias=False,
-            options=branch_options(**{"kernel": "fourier", "bidirectional": False, **options}),
+            options=branch_options(**{"bidirectional": False, **options}),
             seed=seed,
             inference_mode=inference_mode,
             exportable=exportable,
