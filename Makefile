@@ -48,6 +48,7 @@ newest: .venv-newest/installed
 NATIVE := setup.py $(wildcard mrconvnext/engines/native/*)
 
 .venv/installed: pyproject.toml $(NATIVE)
+	@echo "installing into .venv: PyTorch and all else, up to 3 GB the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@

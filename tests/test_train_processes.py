@@ -1,6 +1,8 @@
 """Runs in several processes, from streams and in other precisions; and that how a step is computed changes nothing."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from runs import (
     CONVNEXT,
     EXACT,
     MODEL,
+    SCRIPT,
     TINY,
     Process,
     assert_close_runs,
@@ -123,3 +126,24 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     assert main(*options, "--output", tmp_path / "whole") == 0
     assert main(*options, "--batch-size", 32, "--output", tmp_path / "parts") == 0
     assert_close_runs(tmp_path / "whole", tmp_path / "parts", tolerance=1e-10)
+
+
+GROUP = """
+import multiprocessing, os, signal, time
+from mrconvnext.training.processes import ending_workers
+
+os.setsid()
+multiprocessing.set_start_method("forkserver")
+signal.signal(signal.SIGTERM, lambda *_: None)
+with ending_workers():
+    worker = multiprocessing.Process(target=time.sleep, args=(60,))
+    worker.start()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+    print(worker.is_alive())
+"""
+
+
+def test_a_signal_to_the_group_spares_workers_and_the_process_that_starts_them() -> None:
+    ended = subprocess.run([sys.executable, "-c", GROUP], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr

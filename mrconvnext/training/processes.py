@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -80,6 +82,18 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def start_forkserver() -> None:
+    """Starts the process that starts workers, where Python has one, so that it and they ignore signals to the group.
+
+    Without it Python takes all workers for dead.
+    """
+    if multiprocessing.get_start_method() == "forkserver":
+        multiprocessing.resource_tracker.ensure_running()  # which changes the mask, once
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        multiprocessing.forkserver.ensure_running()  # which inherits the mask
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextlib.contextmanager
 def ending_workers() -> Iterator[None]:
     """Kills the workers of data loaders, which ignore signals, however the block ends.
@@ -87,6 +101,7 @@ def ending_workers() -> Iterator[None]:
     Raises:
         UserError: If a worker was killed by somebody else, or no batch came for too long, in PyTorch's words.
     """
+    start_forkserver()
     try:
         yield
     except RuntimeError as error:  # which may come at any moment: PyTorch raises it where a worker's end is signalled
