@@ -197,15 +197,13 @@ class LongConvolution(nn.Module):
         if self.kernel is not None:
             return self.kernel.detach().clone(), self.bias.detach().clone()
         layer = copy.deepcopy(self).double().eval()
-        kernels = layer.kernels()
         if layer.merges:
-            reference = layer.alpha.new_empty((1, 1, *self.reference_grid))
-            gain, shift = layer.norm(reference, kernels, self.row_stride, self.guard)
+            kernel, bias = layer._merge(layer.alpha.new_empty((1, 1, *self.reference_grid)))
         else:
-            norm, shape = layer.norm, layer.alpha.shape
+            norm, alpha = layer.norm, layer.alpha
             gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-            gain, shift = gain.view(shape), shift.view(shape)
-        kernel, bias = layer._merge(kernels, gain, shift)
+            kernel = merge_kernels(layer.kernels(), alpha * gain.view(alpha.shape))
+            kernel, bias = layer._complete(kernel, shift.view(alpha.shape))
         bias = kernel.new_zeros(self.channels) if bias is None else bias
         return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
 
@@ -226,30 +224,26 @@ class LongConvolution(nn.Module):
                 return convolve_real(x, self.kernel, self.bias, self.row_stride, self.guard)
             return convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
         check_not_onnx()
-        kernels = self.kernels()  # (N, C, 2·L − 1)
         if self.merges:
-            gain, shift = self.norm(x, kernels, self.row_stride, self.guard)
-            kernel, bias = self._merge(kernels, gain, shift)
+            kernel, bias = self._merge(x)
             return convolve(x, kernel, bias, self.row_stride, self.guard)
+        kernels = self.kernels()  # (N, C, 2·L − 1)
         c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))  # (B, N · C, H, W)
         y = weigh_branches(c, self.alpha)
         if self.weight is not None:
             y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
         return y.to(x.dtype)
 
-    def _merge(self, kernels: Tensor, gain: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
-        """Returns the kernel (C, 2·L − 1) and bias (C), if any, that branches, α and local taps add up to.
+    def _merge(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """Returns the kernel (C, 2·L − 1) and bias (C), if any, that the layer equals for images (B, C, H, W)."""
+        kernel, shift = self.norm(x, self.kernels(), at_least_float32(self.alpha), self.row_stride, self.guard)
+        return self._complete(kernel, shift)
 
-        Args:
-            kernels: The branches' kernels (N, C, 2·L − 1).
-            gain: Factor of every branch by its norm (N, C).
-            shift: Summand of every branch by its norm (N, C), if it has one.
-        """
-        alpha = at_least_float32(self.alpha)
-        kernel = merge_kernels(kernels, alpha * gain)
+    def _complete(self, kernel: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """Returns the branches' merged kernel with the local taps, and the bias that the norms' shifts add up to."""
         if self.weight is not None:
             kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
-        return kernel, merge_shifts(alpha, shift, self.bias)
+        return kernel, merge_shifts(at_least_float32(self.alpha), shift, self.bias)
 
 
 class MRConv2d(LongConvolution):

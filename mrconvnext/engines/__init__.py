@@ -9,7 +9,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from . import cpu, plain
+from . import cpu, cuda, plain
 
 NAMES = ("auto", "plain")
 
@@ -45,7 +45,7 @@ class engine:
     def __repr__(self) -> str:
         if _chosen == "plain":
             return "plain: PyTorch's FFTs"
-        return f"auto: on CPUs {cpu.library().description}; elsewhere plain"
+        return f"auto: on CPUs {cpu.library().description}; on GPUs {cuda.description()}; elsewhere plain"
 
 
 def chosen() -> str:
@@ -55,4 +55,8 @@ def chosen() -> str:
 
 def serving(*tensors: Optional[Tensor]) -> ModuleType:
     """Returns the engine that computes on such tensors."""
-    return cpu if _chosen == "auto" and cpu.can_serve(*tensors) else plain
+    if _chosen == "auto":
+        for module in (cpu, cuda):
+            if module.can_serve(*tensors):
+                return module
+    return plain

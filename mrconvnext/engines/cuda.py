@@ -18,11 +18,14 @@ from . import plain
 
 _logger = logging.getLogger(__name__)
 
-# Positions of a transform: tensor cores take matrices of 16 rows at least; of more positions registers have no room.
-SHORTEST, LONGEST = 16 * 16, 64 * 128
+# Positions of the shortest transform: tensor cores take matrices of 16 rows at least.
+SHORTEST = 16 * 16
+
+# Positions of the longest transforms by the shared memory that they take of a program, in bytes, as compiled.
+LONGEST = {8192: 200_704, 4096: 98_304, 1024: 49_152}
 
 # Positions of all channels that a program transforms at once, if one channel has no more.
-AT_ONCE = 4096
+AT_ONCE = 2048
 
 # Programs that a GPU should have of sums over images, to be busy: images are summed in so many chunks.
 PROGRAMS = 1024
@@ -53,6 +56,13 @@ def kernels() -> Optional[ModuleType]:
         return None
 
 
+def description() -> str:
+    """Returns in words what serves tensors on a GPU."""
+    return (
+        "plain, since Triton can't be imported" if kernels() is None else f"Triton, for up to {max(LONGEST)} positions"
+    )
+
+
 def can_serve(x: Tensor, *others: Optional[Tensor]) -> bool:
     """Returns whether Triton is there and its programs serve such tensors: ordinary ones on a GPU."""
     return all(other is None or _is_ordinary(other) for other in (x, *others)) and kernels() is not None
@@ -60,7 +70,16 @@ def can_serve(x: Tensor, *others: Optional[Tensor]) -> bool:
 
 def serves(x: Tensor, guard: int, reach: int) -> bool:
     """Returns whether a transform of images and kernels of the given reach is short enough, and images are a few."""
-    return positions(x, guard, reach) <= LONGEST and x.numel() > 0
+    return positions(x, guard, reach) <= longest(x.device) and x.numel() > 0
+
+
+@functools.cache
+def longest(device: torch.device) -> int:
+    """Returns the positions of the longest transform that a card has the memory for."""
+    if device.type != "cuda":  # interpreted, or counted
+        return max(LONGEST)
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max((n for n, needed in LONGEST.items() if needed <= memory), default=0)
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -92,14 +111,14 @@ def positions(x: Tensor, guard: int, reach: int) -> int:
 def plan_for(x: Tensor, guard: int, reach: int) -> Plan:
     """Returns the transform of images (B, C, H, W) and of kernels of the given reach."""
     bits = (max(positions(x, guard, reach), SHORTEST) - 1).bit_length()
-    return _plan(1 << (bits // 2), 1 << (bits - bits // 2), x.device)
+    return _plan(1 << (bits - bits // 2), 1 << (bits // 2), x.device)
 
 
 @functools.lru_cache(maxsize=32)
 def _plan(n1: int, n2: int, device: torch.device) -> Plan:
     n = n1 * n2
-    i, j, t = (torch.arange(size, dtype=torch.float64) for size in (n1, n2, n))
-    turns = (torch.outer(i, i) / n1, torch.outer(j, j) / n2, torch.outer(i, j) / n, -t / (4 * n))
+    a, b = (torch.arange(size, dtype=torch.float64) for size in (n1, n2))
+    turns = (torch.outer(a - 0.25, a) / n1, torch.outer(b, b) / n2, torch.outer(a - 0.25, b) / n)
     parts = [part(-2 * math.pi * (own % 1)).flatten() for own in turns for part in (torch.cos, torch.sin)]
     return Plan(n1, n2, max(AT_ONCE // n, 1), torch.cat(parts).to(device, torch.float32))
 
@@ -113,8 +132,7 @@ def _untwist(n: int, device: torch.device) -> Tensor:
 def launch(name: str, programs: int, plan: Plan, *args: Any, **options: Any) -> None:
     """Has a GPU run a function of `triton_kernels`, as so many programs."""
     sizes = {"N1": plan.n1, "N2": plan.n2, "CB": plan.channels}
-    warps = 16 if plan.n > AT_ONCE else 8
-    getattr(kernels(), name)[(programs,)](*args, **sizes, **options, num_warps=warps, num_stages=1)
+    getattr(kernels(), name)[(programs,)](*args, **sizes, **options, num_warps=8, num_stages=1)
 
 
 def _chunks(x: Tensor, plan: Plan) -> tuple[int, int]:

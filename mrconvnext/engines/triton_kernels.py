@@ -1,13 +1,14 @@
 """The operations on a GPU, in Triton: what one program does. `cuda` says how many there are and what they are given.
 
 A sequence of at most N = N1 · N2 positions is the matrix u[a, b] = u[a · N2 + b]. Its transform is that of a real
-sequence at odd frequencies ("right-angle"): with ζ[t] = exp(iπt / 2N), the complex transform of ζ·u. So products of
-transforms are convolutions that wrap round, with the opposite sign, only after 2N positions, and two sequences of N
-positions never do. A lag −t stands at N − t with the factor −i.
+sequence at odd frequencies ("right-angle"): the complex transform of exp(iπt / 2N) · u[t]. So products of transforms
+are convolutions that wrap round, with the opposite sign, only after 2N positions, which two sequences of N positions
+never do. A lag −t stands at N − t with the factor −i.
 
-A transform is two products with matrices and one in between with the twiddles: over a, exp(−2πi·k1·b / N), over b. What
-comes out at [k1, k2] is frequency k1 + N1 · k2. A program transforms CB channels at once: over a as the matrix
-(N1, N2 · CB), over b as (N1 · CB, N2).
+A transform is a product with a matrix over a, F[k1, a] = exp(−2πi·a·(k1 − ¼) / N1), one with the twiddles
+exp(−2πi·b·(k1 − ¼) / N), and a product with a matrix over b, exp(−2πi·b·k2 / N2): what comes out at [k1, k2] is
+frequency k1 + N1 · k2, and the quarters are the factor exp(iπt / 2N). A program transforms CB channels at once: over a
+as the matrix (N1, N2 · CB), over b as (N1 · CB, N2).
 """
 
 import triton
@@ -21,18 +22,12 @@ def _times(ar, ai, br, bi):
 
 
 @triton.jit
-def _left(fr, fi, xr, xi, PRECISION: tl.constexpr):
-    """Returns the product f @ x of complex matrices."""
-    yr = tl.dot(fr, xr, input_precision=PRECISION) - tl.dot(fi, xi, input_precision=PRECISION)
-    yi = tl.dot(fr, xi, input_precision=PRECISION) + tl.dot(fi, xr, input_precision=PRECISION)
-    return yr, yi
-
-
-@triton.jit
-def _right(xr, xi, fr, fi, PRECISION: tl.constexpr):
-    """Returns the product x @ f of complex matrices."""
-    yr = tl.dot(xr, fr, input_precision=PRECISION) - tl.dot(xi, fi, input_precision=PRECISION)
-    yi = tl.dot(xr, fi, input_precision=PRECISION) + tl.dot(xi, fr, input_precision=PRECISION)
+def _product(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """Returns the product of complex matrices."""
+    yr = tl.dot(ar, br, input_precision=PRECISION)
+    yr = tl.dot(-ai, bi, acc=yr, input_precision=PRECISION)
+    yi = tl.dot(ar, bi, input_precision=PRECISION)
+    yi = tl.dot(ai, br, acc=yi, input_precision=PRECISION)
     return yr, yi
 
 
@@ -64,25 +59,45 @@ def _to_columns(x, N1: tl.constexpr, N2: tl.constexpr, CB: tl.constexpr, LAST: t
 
 
 @triton.jit
-def _matrix(tables, N: tl.constexpr):
-    """Returns the matrix of the transform of length N, as real and imaginary part."""
-    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    return tl.load(tables + at), tl.load(tables + N * N + at)
+def _sums(x, N1: tl.constexpr, N2: tl.constexpr, CB: tl.constexpr, LAST: tl.constexpr):
+    """Returns the sum (CB) of each channel of (N1, N2 · CB)."""
+    over_a = tl.sum(x, axis=0)
+    return tl.sum(tl.reshape(over_a, (N2, CB)), axis=0) if LAST else tl.sum(tl.reshape(over_a, (CB, N2)), axis=1)
 
 
 @triton.jit
-def _twiddles(tables, b, N1: tl.constexpr, N2: tl.constexpr):
-    """Returns exp(−2πi·k1·b / N), and after it ζ, both at (N1, columns), as real and imaginary parts."""
-    at = tl.arange(0, N1)[:, None] * N2 + b
-    own = tables + 2 * N1 * N1 + 2 * N2 * N2
-    n: tl.constexpr = N1 * N2
-    return tl.load(own + at), tl.load(own + n + at), tl.load(own + 2 * n + at), tl.load(own + 3 * n + at)
+def _over_a(tables, N1: tl.constexpr):
+    """Returns F[k1, a], as real and imaginary part."""
+    at = tl.arange(0, N1)[:, None] * N1 + tl.arange(0, N1)[None, :]
+    return tl.load(tables + at), tl.load(tables + N1 * N1 + at)
 
 
 @triton.jit
-def _forward(
-    ur,
-    ui,
+def _back_over_a(tables, N1: tl.constexpr):
+    """Returns the conjugate of F[k1, a], at [a, k1], as real and imaginary part."""
+    at = tl.arange(0, N1)[None, :] * N1 + tl.arange(0, N1)[:, None]
+    return tl.load(tables + at), -tl.load(tables + N1 * N1 + at)
+
+
+@triton.jit
+def _over_b(tables, N1: tl.constexpr, N2: tl.constexpr):
+    """Returns exp(−2πi·b·k2 / N2), as real and imaginary part."""
+    at = 2 * N1 * N1 + tl.arange(0, N2)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    return tl.load(tables + at), tl.load(tables + N2 * N2 + at)
+
+
+@triton.jit
+def _twiddles(tables, N1: tl.constexpr, N2: tl.constexpr, CB: tl.constexpr, LAST: tl.constexpr):
+    """Returns the twiddles at (N1, N2 · CB), as real and imaginary part."""
+    b, _ = _columns(N2, CB, LAST)
+    at = 2 * N1 * N1 + 2 * N2 * N2 + tl.arange(0, N1)[:, None] * N2 + b
+    return tl.load(tables + at), tl.load(tables + N1 * N2 + at)
+
+
+@triton.jit
+def _rest_of_forward(
+    xr,
+    xi,
     tables,
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -90,15 +105,47 @@ def _forward(
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Returns the spectra (N1 · CB, N2) of real sequences, given as u[t] − i · u[t − N], (N1, N2 · CB)."""
-    b, _ = _columns(N2, CB, LAST)
-    wr, wi, zr, zi = _twiddles(tables, b, N1, N2)
-    ur, ui = _times(ur, ui, zr, zi)
-    fr, fi = _matrix(tables, N1)
-    ur, ui = _left(fr, fi, ur, ui, PRECISION)
-    ur, ui = _times(ur, ui, wr, wi)
-    fr, fi = _matrix(tables + 2 * N1 * N1, N2)
-    return _right(_to_rows(ur, N1, N2, CB, LAST), _to_rows(ui, N1, N2, CB, LAST), fr, fi, PRECISION)
+    """Returns the spectra (N1 · CB, N2) of what was transformed over a, (N1, N2 · CB)."""
+    wr, wi = _twiddles(tables, N1, N2, CB, LAST)
+    xr, xi = _times(xr, xi, wr, wi)
+    fr, fi = _over_b(tables, N1, N2)
+    return _product(_to_rows(xr, N1, N2, CB, LAST), _to_rows(xi, N1, N2, CB, LAST), fr, fi, PRECISION)
+
+
+@triton.jit
+def _forward(
+    u,
+    tables,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    CB: tl.constexpr,
+    LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Returns the spectra (N1 · CB, N2) of real sequences (N1, N2 · CB)."""
+    fr, fi = _over_a(tables, N1)
+    xr = tl.dot(fr, u, input_precision=PRECISION)
+    xi = tl.dot(fi, u, input_precision=PRECISION)
+    return _rest_of_forward(xr, xi, tables, N1, N2, CB, LAST, PRECISION)
+
+
+@triton.jit
+def _most_of_inverse(
+    xr,
+    xi,
+    tables,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    CB: tl.constexpr,
+    LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Returns what is still to be transformed back over a, (N1, N2 · CB), of spectra (N1 · CB, N2)."""
+    fr, fi = _over_b(tables, N1, N2)
+    xr, xi = _product(xr, xi, fr, -fi, PRECISION)
+    wr, wi = _twiddles(tables, N1, N2, CB, LAST)
+    scale: tl.constexpr = 1.0 / (N1 * N2)
+    return _times(_to_columns(xr, N1, N2, CB, LAST), _to_columns(xi, N1, N2, CB, LAST), wr * scale, -wi * scale)
 
 
 @triton.jit
@@ -112,18 +159,11 @@ def _inverse(
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Returns the sequences (N1, N2 · CB) with spectra (N1 · CB, N2): what `_forward` was given."""
-    b, _ = _columns(N2, CB, LAST)
-    wr, wi, zr, zi = _twiddles(tables, b, N1, N2)
-    fr, fi = _matrix(tables + 2 * N1 * N1, N2)
-    xr, xi = _right(xr, xi, fr, -fi, PRECISION)
-    xr, xi = _to_columns(xr, N1, N2, CB, LAST), _to_columns(xi, N1, N2, CB, LAST)
-    xr, xi = _times(xr, xi, wr, -wi)
-    fr, fi = _matrix(tables, N1)
-    xr, xi = _left(fr, -fi, xr, xi, PRECISION)
-    scale: tl.constexpr = 1.0 / (N1 * N2)
-    xr, xi = _times(xr, xi, zr * scale, -zi * scale)
-    return xr, xi
+    """Returns the first N values (N1, N2 · CB) of the sequences of 2N that have the spectra (N1 · CB, N2)."""
+    xr, xi = _most_of_inverse(xr, xi, tables, N1, N2, CB, LAST, PRECISION)
+    fr, fi = _back_over_a(tables, N1)
+    u = tl.dot(fr, xr, input_precision=PRECISION)
+    return tl.dot(-fi, xi, acc=u, input_precision=PRECISION)
 
 
 @triton.jit
@@ -179,27 +219,12 @@ def spectra(
     is_row = first + c < rows
     ahead = tl.load(start + t, mask=is_row & (t <= reach), other=0.0)
     behind = tl.load(start + t - n, mask=is_row & (n - t <= reach), other=0.0)
-    xr, xi = _forward(ahead, -behind, tables, N1, N2, CB, False, PRECISION)
+    fr, fi = _over_a(tables, N1)
+    xr, xi = _product(fr, fi, ahead, -behind, PRECISION)
+    xr, xi = _rest_of_forward(xr, xi, tables, N1, N2, CB, False, PRECISION)
     at, is_row = _spectrum_at(first, rows, N1, N2, CB)
     tl.store(spectrum + at, xr, mask=is_row)
     tl.store(spectrum + tl.cast(rows, tl.int64) * n + at, xi, mask=is_row)
-
-
-@triton.jit
-def _spectrum_of(
-    x,
-    at,
-    is_pixel,
-    tables,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    CB: tl.constexpr,
-    LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Returns the spectra (N1 · CB, N2) of an image's channels."""
-    u = tl.load(x + at, mask=is_pixel, other=0.0).to(tl.float32)
-    return _forward(u, tl.zeros_like(u), tables, N1, N2, CB, LAST, PRECISION)
 
 
 @triton.jit
@@ -230,12 +255,13 @@ def convolve(
     image, branch = other // (rows // channels), other % (rows // channels)
     first = block * CB
     at, is_pixel = _image_at(image, first, channels, width, stride, pixels, N1, N2, CB, LAST)
-    xr, xi = _spectrum_of(x, at, is_pixel, tables, N1, N2, CB, LAST, PRECISION)
+    u = tl.load(x + at, mask=is_pixel, other=0.0).to(tl.float32)
+    xr, xi = _forward(u, tables, N1, N2, CB, LAST, PRECISION)
     at, is_row = _spectrum_at(branch * channels + first, (branch + 1) * channels, N1, N2, CB)
     kr = tl.load(spectrum + at, mask=is_row, other=0.0)
     ki = tl.load(spectrum + tl.cast(rows, tl.int64) * (N1 * N2) + at, mask=is_row, other=0.0)
     xr, xi = _times(xr, xi, kr, ki)
-    out, _ = _inverse(xr, xi, tables, N1, N2, CB, LAST, PRECISION)
+    out = _inverse(xr, xi, tables, N1, N2, CB, LAST, PRECISION)
     if HAS_BIAS:
         _, c = _columns(N2, CB, LAST)
         out += tl.load(bias + branch * channels + first + c, mask=first + c < channels, other=0.0)
@@ -280,30 +306,30 @@ def convolve_backward(
     row_at, is_row = _spectrum_at(branch * channels + first, (branch + 1) * channels, N1, N2, CB)
     sr = tl.zeros((N1 * CB, N2), dtype=tl.float32)
     si = tl.zeros((N1 * CB, N2), dtype=tl.float32)
-    total = tl.zeros((N1, N2 * CB), dtype=tl.float32)
+    total = tl.zeros((CB,), dtype=tl.float32)
     for image in range(number * chunk, tl.minimum((number + 1) * chunk, images)):
         at, is_pixel = _image_at(image, first, channels, width, stride, pixels, N1, N2, CB, LAST)
-        xr, xi = _spectrum_of(x, at, is_pixel, tables, N1, N2, CB, LAST, PRECISION)
+        u = tl.load(x + at, mask=is_pixel, other=0.0).to(tl.float32)
+        xr, xi = _forward(u, tables, N1, N2, CB, LAST, PRECISION)
         grad_at, _ = _image_at(image, branch * channels + first, rows, width, stride, pixels, N1, N2, CB, LAST)
-        total += tl.load(grad + grad_at, mask=is_pixel, other=0.0).to(tl.float32)
-        gr, gi = _spectrum_of(grad, grad_at, is_pixel, tables, N1, N2, CB, LAST, PRECISION)
+        u = tl.load(grad + grad_at, mask=is_pixel, other=0.0).to(tl.float32)
+        total += _sums(u, N1, N2, CB, LAST)
+        gr, gi = _forward(u, tables, N1, N2, CB, LAST, PRECISION)
         pr, pi = _times(gr, gi, xr, -xi)
         sr += pr
         si += pi
         kr = tl.load(spectrum + row_at, mask=is_row, other=0.0)
         ki = tl.load(spectrum + tl.cast(rows, tl.int64) * n + row_at, mask=is_row, other=0.0)
         gr, gi = _times(gr, gi, kr, -ki)
-        out, _ = _inverse(gr, gi, tables, N1, N2, CB, LAST, PRECISION)
+        out = _inverse(gr, gi, tables, N1, N2, CB, LAST, PRECISION)
         if ADD:
             out += tl.load(grad_x + at, mask=is_pixel, other=0.0).to(tl.float32)
         tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=is_pixel)
     own = sums + tl.cast(number, tl.int64) * rows * n
     tl.store(own + row_at, sr, mask=is_row)
     tl.store(own + tl.cast(tl.cdiv(images, chunk), tl.int64) * rows * n + row_at, si, mask=is_row)
-    by_row = tl.sum(_to_rows(total, N1, N2, CB, LAST), axis=1)  # (N1 · CB)
-    by_channel = tl.sum(tl.reshape(by_row, (N1, CB)), axis=0)
     c = first + tl.arange(0, CB)
-    tl.store(totals + number * rows + branch * channels + c, by_channel, mask=c < channels)
+    tl.store(totals + number * rows + branch * channels + c, total, mask=c < channels)
 
 
 @triton.jit
@@ -338,7 +364,7 @@ def power(
         at, is_pixel = _image_at(image, first, channels, width, stride, pixels, N1, N2, CB, LAST)
         u = tl.load(x + at, mask=is_pixel, other=0.0).to(tl.float32)
         u = tl.where(is_pixel, u - centre, 0.0) / n
-        xr, xi = _forward(u, tl.zeros_like(u), tables, N1, N2, CB, LAST, PRECISION)
+        xr, xi = _forward(u, tables, N1, N2, CB, LAST, PRECISION)
         squares += xr * xr + xi * xi
     at, is_row = _spectrum_at(first, channels, N1, N2, CB)
     tl.store(sums + tl.cast(number, tl.int64) * channels * n + at, squares, mask=is_row)
@@ -373,7 +399,9 @@ def kernels_of(
         xi += tl.load(own + tl.cast(chunks, tl.int64) * rows * n + at, mask=is_row, other=0.0)
         total += tl.load(totals + number * rows + first + c, mask=first + c < rows, other=0.0)
     tl.store(bias + first + c, total, mask=first + c < rows)
-    ahead, behind = _inverse(xr, xi, tables, N1, N2, CB, False, PRECISION)
+    xr, xi = _most_of_inverse(xr, xi, tables, N1, N2, CB, False, PRECISION)
+    fr, fi = _back_over_a(tables, N1)
+    ahead, behind = _product(fr, fi, xr, xi, PRECISION)
     b, c = _columns(N2, CB, False)
     t = tl.arange(0, N1)[:, None] * N2 + b
     start = kernel + tl.cast(first + c, tl.int64) * (2 * reach + 1) + reach

@@ -90,7 +90,11 @@ def change_weights(folder: Path, choose: random.Random) -> str:
     name = choose.choice(sorted(tensors))
     kind = choose.choice(sorted(TENSORS))
     TENSORS[kind](tensors, name)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
     return f"{name} {kind}"
 
 
