@@ -145,7 +145,10 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         name = f"local-dir:{path}"
     elif not args.source.startswith(("hf-hub:", "local-dir:")):
         check_name(args.source, also="a file or folder, nor ")
-    model: Any = timm.create_model(name, pretrained=True, **options)
+    try:
+        model: Any = timm.create_model(name, pretrained=True, **options)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # timm trusts a config.json
+        raise ValueError(f"{args.source}: timm can't make the model: {type(error).__name__}: {error}") from error
     if type(model) is ConvNeXt:
         cfg: Any = model.pretrained_cfg
         started_from = cfg.get("hf_hub_id")

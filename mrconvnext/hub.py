@@ -183,6 +183,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f'{file} is not a model\'s configuration: it must be an object with "architecture", a name, and with '
             f'"model_args" and "pretrained_cfg", objects, if these are there; got {json.dumps(config):.80}'
         )
+    for name in ("mean", "std"):
+        own = config.get("pretrained_cfg", {}).get(name, [0])
+        if not isinstance(own, list) or not own or not all(isinstance(number, (int, float)) for number in own):
+            raise ValueError(f'{file} is not a model\'s configuration: "{name}" must be numbers, got {own!r:.80}')
+    found = [own.get("num_classes") for own in (config, config.get("pretrained_cfg", {})) if "num_classes" in own]
+    if len(set(map(str, found))) > 1:
+        raise ValueError(
+            f'{file} says twice how many classes its model has, "num_classes" of {found[0]} and {found[1]}'
+        )
     return config
 
 

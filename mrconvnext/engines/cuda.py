@@ -78,8 +78,8 @@ def longest(device: torch.device) -> int:
     """Returns the positions of the longest transform that a card has the memory for."""
     if device.type != "cuda":  # interpreted, or counted
         return max(LONGEST)
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return max((n for n, needed in LONGEST.items() if needed <= memory), default=0)
+    card: Any = torch.cuda.get_device_properties(device)
+    return max((n for n, needed in LONGEST.items() if needed <= card.shared_memory_per_block_optin), default=0)
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -198,14 +198,14 @@ def convolve_backward(
     sums = placed.new_empty((2, chunks, rows, plan.n))
     totals = placed.new_empty((chunks, rows))
     programs = chunks * -(-channels // plan.channels)
-    pointers = (grad, x, spectrum, grad_x, sums, totals, plan.tables)
     for branch in range(branches):
+        pointers = (grad, x, spectrum, grad_x, sums, totals, plan.tables)
         sizes = (x.shape[0], chunk, channels, rows, branch, *_layout(x, guard))
         options = {"LAST": plain.is_channels_last(x), "ADD": branch > 0, "PRECISION": precision}
         launch("convolve_backward", programs, plan, *pointers, *sizes, **options)
     moved, bias = torch.empty_like(placed), placed.new_empty(rows)
-    pointers = (sums, totals, moved, bias, plan.tables)
-    launch("kernels_of", -(-rows // plan.channels), plan, *pointers, chunks, rows, reach, PRECISION=precision)
+    outputs = (moved, bias, plan.tables, chunks, rows, reach)
+    launch("kernels_of", -(-rows // plan.channels), plan, sums, totals, *outputs, PRECISION=precision)
     grad_kernel = move_back(moved, x.shape[3] + guard, row_stride, kernel.shape[1] // 2).contiguous()
     return grad_x.to(x.dtype), grad_kernel, bias
 
