@@ -17,7 +17,7 @@ from .kernels import create_kernels
 from .longconv import check_not_onnx, convolve, convolve_real
 from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
 from .options import BranchOptions, branch_lengths, branch_options, check_positive, sides_of
-from .precision import at_least_float32
+from .precision import as_autocast, at_least_float32
 from .state import check_entry, check_parameters, entries, reparameterize_after_load, take_form, write_reference
 
 # Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
@@ -25,7 +25,15 @@ _seeds = itertools.count(2**31)
 
 # FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
 for _name in (
-    *("add_local_taps", "at_least_float32", "check_not_onnx", "convolve", "convolve_locally", "convolve_real"),
+    *(
+        "add_local_taps",
+        "as_autocast",
+        "at_least_float32",
+        "check_not_onnx",
+        "convolve",
+        "convolve_locally",
+        "convolve_real",
+    ),
     *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
 ):
     torch.fx.wrap(_name)
@@ -219,6 +227,7 @@ class LongConvolution(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Returns the layer's output for images (B, C, H, W)."""
+        x = as_autocast(x)
         if self.kernel is not None:
             if self.exportable:
                 return convolve_real(x, self.kernel, self.bias, self.row_stride, self.guard)

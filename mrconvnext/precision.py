@@ -13,6 +13,20 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
+# Devices on which convolutions take images in the type of autocast.
+HALVED = ("cuda",)
+
+
+@torch.fx.wrap
+def as_autocast(x: Tensor) -> Tensor:
+    """Returns images on a GPU in the type that autocast gives those of PyTorch's convolutions."""
+    if not torch.jit.is_scripting():
+        kind = x.device.type
+        if kind in HALVED and torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+            return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Returns a context in which products of tensors like ``x`` are taken in their own precision."""
     kind = x.device.type

@@ -15,6 +15,10 @@ os.environ.update(HF_ENDPOINT=SERVER.address, HF_HOME=HOME.name, HF_HUB_DISABLE_
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
     os.environ.pop(name, None)
 
+# Triton reads this when it is imported: without a GPU its programs are interpreted, on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:

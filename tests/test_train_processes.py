@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,11 +29,13 @@ from runs import (
     write_images,
     write_shards,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrconvnext.training import checkpoints
 from mrconvnext.training.arguments import parse_args
 from mrconvnext.training.processes import INTERRUPTED
 from mrconvnext.training.run import Run
+from mrconvnext.training.trainer import Clock
 
 pytestmark = pytest.mark.slow
 
@@ -147,3 +150,24 @@ with ending_workers():
 def test_a_signal_to_the_group_spares_workers_and_the_process_that_starts_them() -> None:
     ended = subprocess.run([sys.executable, "-c", GROUP], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a program wait for a GPU: numbers that are read from tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [[], ["--mixup", "0.8", "--clip-grad", "1", "--batch-size", "12"]])
+def test_a_training_step_waits_for_no_gpu(options: list[str], images: Path, tmp_path: Path) -> None:
+    words = [*MODEL, "--data-dir", images, "--global-batch", 24, "--output", tmp_path / "run", *options]
+    run = Run(parse_args([str(word) for word in words]), ALONE)
+    batches, clock = run.loaders.epoch(0, 0), Clock(ALONE.device)
+    run.trainer.take_step(batches, 0, clock, run.unreadable)  # the optimizer's state is made in the first one
+    with Waits() as waits:
+        run.trainer.take_step(batches, 1, clock, run.unreadable)
+    assert waits.count == 0

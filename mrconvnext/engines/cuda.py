@@ -21,8 +21,9 @@ _logger = logging.getLogger(__name__)
 # Positions of the shortest transform: tensor cores take matrices of 16 rows at least.
 SHORTEST = 16 * 16
 
-# Positions of the longest transforms by the shared memory that they take of a program, in bytes, as compiled.
+# Positions of the longest transforms by the shared memory that they take, in bytes: `python scripts/triton_sizes.py`.
 LONGEST = {8192: 200_704, 4096: 98_304, 1024: 49_152}
+LONGEST_POWER = {4096: 163_840, 1024: 98_304}
 
 # Positions of all channels that a program transforms at once, if one channel has no more.
 AT_ONCE = 2048
@@ -58,9 +59,9 @@ def kernels() -> Optional[ModuleType]:
 
 def description() -> str:
     """Returns in words what serves tensors on a GPU."""
-    return (
-        "plain, since Triton can't be imported" if kernels() is None else f"Triton, for up to {max(LONGEST)} positions"
-    )
+    if kernels() is None:
+        return "plain, since Triton can't be imported"
+    return f"Triton, for up to {max(LONGEST)} positions"
 
 
 def can_serve(x: Tensor, *others: Optional[Tensor]) -> bool:
@@ -68,18 +69,19 @@ def can_serve(x: Tensor, *others: Optional[Tensor]) -> bool:
     return all(other is None or _is_ordinary(other) for other in (x, *others)) and kernels() is not None
 
 
-def serves(x: Tensor, guard: int, reach: int) -> bool:
-    """Returns whether a transform of images and kernels of the given reach is short enough, and images are a few."""
-    return positions(x, guard, reach) <= longest(x.device) and x.numel() > 0
+def serves(x: Tensor, guard: int, reach: int, longest: dict[int, int]) -> bool:
+    """Returns whether a card has the memory for a transform of images and kernels, and there are images."""
+    return x.numel() > 0 and positions(x, guard, reach) <= _longest(x.device, tuple(longest.items()))
 
 
 @functools.cache
-def longest(device: torch.device) -> int:
-    """Returns the positions of the longest transform that a card has the memory for."""
+def _longest(device: torch.device, sizes: tuple[tuple[int, int], ...]) -> int:
     if device.type != "cuda":  # interpreted, or counted
-        return max(LONGEST)
+        return max(sizes)[0]
+    if torch.version.hip is not None:  # whose programs take less of it
+        return 4096
     card: Any = torch.cuda.get_device_properties(device)
-    return max((n for n, needed in LONGEST.items() if needed <= card.shared_memory_per_block_optin), default=0)
+    return max((n for n, needed in sizes if needed <= card.shared_memory_per_block_optin), default=0)
 
 
 def _is_ordinary(x: Tensor) -> bool:
@@ -97,7 +99,7 @@ def is_recent(device: torch.device) -> bool:
 
 
 def precision_of(x: Tensor) -> str:
-    """Returns how products are computed for images: in full float32, or for half ones by what tensor cores offer."""
+    """Returns how products are computed: to the precision of float32, or for half images by 10 bits of the factors."""
     if torch.version.hip is not None:
         return "ieee"
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
@@ -147,12 +149,12 @@ def _layout(x: Tensor, guard: int) -> tuple[int, int, int]:
     return x.shape[3], x.shape[3] + guard, x.shape[2] * x.shape[3]
 
 
-def _spectrum(placed: Tensor, plan: Plan, precision: str) -> Tensor:
+def _spectrum(placed: Tensor, plan: Plan) -> Tensor:
     """Returns the spectra of kernels (rows, 2 · reach + 1) as real and imaginary parts (2, rows, N)."""
     rows, reach = placed.shape[0], placed.shape[1] // 2
     spectrum = placed.new_empty((2, rows, plan.n), dtype=torch.float32)
     programs = -(-rows // plan.channels)
-    launch("spectra", programs, plan, placed, spectrum, plan.tables, rows, reach, PRECISION=precision)
+    launch("spectra", programs, plan, placed, spectrum, plan.tables, rows, reach, PRECISION=precision_of(placed))
     return spectrum
 
 
@@ -168,11 +170,11 @@ def _in_order(x: Tensor, like: Tensor) -> Tensor:
 def convolve(x: Tensor, kernel: Tensor, bias: Optional[Tensor], row_stride: int, guard: int) -> Tensor:
     """`longconv.convolve`: a program for some channels of an image, which reads and writes them once."""
     placed = _placed(kernel, row_stride, x, guard)
-    if not serves(x, guard, placed.shape[1] // 2):
+    if not serves(x, guard, placed.shape[1] // 2, LONGEST):
         return plain.convolve(x, kernel, bias, row_stride, guard)
     x, rows = _in_order(x, x), kernel.shape[0]
     plan, precision = plan_for(x, guard, placed.shape[1] // 2), precision_of(x)
-    spectrum = _spectrum(placed, plan, precision)
+    spectrum = _spectrum(placed, plan)
     y = plain.empty_output(x, rows)
     programs = x.shape[0] * (rows // x.shape[1]) * -(-x.shape[1] // plan.channels)
     pointers = (x, spectrum, spectrum if bias is None else bias.to(torch.float32).contiguous(), y, plan.tables)
@@ -187,12 +189,12 @@ def convolve_backward(
     """`longconv.convolve_backward`: grad's spectra times the conjugate of the kernel's, and of the images'."""
     placed = _placed(kernel, row_stride, x, guard)
     reach, rows, channels = placed.shape[1] // 2, kernel.shape[0], x.shape[1]
-    if not serves(x, guard, reach):
+    if not serves(x, guard, reach, LONGEST):
         return plain.convolve_backward(grad, x, kernel, row_stride, guard)
     x = _in_order(x, x)
     grad = _in_order(grad, x)
     plan, precision = plan_for(x, guard, reach), precision_of(x)
-    spectrum = _spectrum(placed, plan, precision)
+    spectrum = _spectrum(placed, plan)
     branches, (chunk, chunks) = rows // channels, _chunks(x, plan)
     grad_x = torch.empty_like(x, dtype=x.dtype if branches == 1 else torch.float32)
     sums = placed.new_empty((2, chunks, rows, plan.n))
@@ -205,7 +207,7 @@ def convolve_backward(
         launch("convolve_backward", programs, plan, *pointers, *sizes, **options)
     moved, bias = torch.empty_like(placed), placed.new_empty(rows)
     outputs = (moved, bias, plan.tables, chunks, rows, reach)
-    launch("kernels_of", -(-rows // plan.channels), plan, sums, totals, *outputs, PRECISION=precision)
+    launch("kernels_of", -(-rows // plan.channels), plan, sums, totals, *outputs, PRECISION=precision_of(placed))
     grad_kernel = move_back(moved, x.shape[3] + guard, row_stride, kernel.shape[1] // 2).contiguous()
     return grad_x.to(x.dtype), grad_kernel, bias
 
@@ -213,7 +215,7 @@ def convolve_backward(
 def autocorrelation(x: Tensor, mean: Tensor, guard: int) -> Tensor:
     """`longconv.autocorrelation`: a sum of power spectra, transformed back in float64 as in `plain.correlation_of`."""
     reach = (x.shape[2] - 1) * (x.shape[3] + guard) + x.shape[3] - 1
-    if not serves(x, guard, reach):
+    if not serves(x, guard, reach, LONGEST_POWER):
         return plain.autocorrelation(x, mean, guard)
     x, channels = _in_order(x, x), x.shape[1]
     plan, precision = plan_for(x, guard, reach), precision_of(x)

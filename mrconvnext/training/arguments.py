@@ -242,6 +242,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--amp-dtype", choices=("bfloat16", "float16"), help="autocast to this type (default: none)")
     add("--channels-last", action="store_true", help="images in channels-last order")
     add("--torchcompile", action="store_true", help="compile the model")
+    modes = ("reduce-overhead", "max-autotune")
+    add("--torchcompile-mode", choices=modes, help="of torch.compile; reduce-overhead: by CUDA graphs")
     add("--log-interval", type=positive, default=50, help="steps between two lines (default: %(default)s)")
     add("--checkpoint-interval", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
 

@@ -26,18 +26,16 @@ def evaluate(
         UserError: If there are too many unreadable files.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     for images, targets, *names in loader:
         unreadable.note(names)
-        targets = targets.to(processes.device)
+        targets = targets.to(processes.device, non_blocking=True)
         with precision.autocast():
             logits = model(precision.images(images)).double()
-        logits, targets = logits[targets != NO_TARGET], targets[targets != NO_TARGET]
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=NO_TARGET)
         # Counts, where timm's `accuracy` has shares: of a batch without a readable image there are none.
         right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        counts = [right[:, :1].sum().item(), right.sum().item(), len(targets)]
-        sums += torch.tensor([loss.item(), *counts], dtype=torch.float64)
+        sums += torch.stack([loss, right[:, :1].sum(), right.sum(), (targets != NO_TARGET).sum()])
     unreadable.check(processes)
     loss_sum, top1, top5, count = processes.total(*sums.tolist())
     return {"loss": loss_sum / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}

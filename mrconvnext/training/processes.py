@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +23,26 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that ``torchrun`` started, or on its own."""
+    """This process among those that ``torchrun`` started, or on its own.
+
+    Attributes:
+        rank: Number of this process.
+        count: How many there are.
+        device: Where this one computes.
+        messages: Where they tell each other numbers, on the CPU: no GPU is waited for.
+    """
 
     rank: int
     count: int
     device: torch.device
+    messages: Any = None
 
     def total(self, *values: float) -> list[float]:
         """Returns the sum of each value over all processes."""
         if self.count == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums, group=self.messages)
         return sums.tolist()
 
 
@@ -58,7 +67,8 @@ def process_group(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), own)
+        messages: Any = dist.new_group(backend="gloo") if device == "cuda" else None
+        yield Processes(dist.get_rank(), dist.get_world_size(), own, messages)
     finally:
         dist.destroy_process_group()
 

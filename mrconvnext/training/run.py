@@ -10,7 +10,7 @@ import time
 from typing import Any, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints
@@ -74,6 +74,7 @@ class Run:
         self.trainer = Trainer(self.model, args, processes, self.precision, self.loaders, data.classes)
         self.unreadable = UnreadableFiles(args.max_unreadable)
         self.progress = Progress()
+        self.unread: list[Tensor] = []  # losses of the last steps
         self.images = (len(data.train), len(data.validation))
         self.summary: Optional[Summary] = None  # of the first process, once it trains
         self.stopped = False  # of all processes
@@ -170,18 +171,37 @@ class Run:
         clock = Clock(self.processes.device)
         hidden = self.processes.rank != 0 or not sys.stderr.isatty()
         for number in tqdm(range(first, steps), desc=f"epoch {epoch}", leave=False, disable=hidden):
-            progress.losses.append(self.trainer.take_step(batches, progress.step, clock, self.unreadable))
+            self.unread.append(self.trainer.take_step(batches, progress.step, clock, self.unreadable))
             self.unreadable.check(self.processes)
             progress.step += 1
             ended = number == steps - 1
             if ended or (number + 1) % args.log_interval == 0:
+                self._read_losses()
                 self._log_step(epoch, number, clock)
             (requests,) = self.processes.total(float(self.stop.is_set()))
             self.stopped = requests > 0
             if ended or self.stopped or progress.step % args.checkpoint_interval == 0:
+                self._read_losses()
                 self.save()
             if self.stopped:
                 return
+
+    def _read_losses(self) -> None:
+        """Adds the last steps' losses, over the global batch, to those of the epoch.
+
+        Raises:
+            UserError: If one is not finite.
+        """
+        if not self.unread:
+            return
+        first = self.progress.step - len(self.unread)
+        losses = self.processes.total(*(torch.stack(self.unread) / self.processes.count).tolist())
+        self.unread = []
+        for step, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                good = checkpoints.describe_last_good(self.args.output, step)
+                raise UserError(f"the loss of step {step} is {loss}; {good}")
+        self.progress.losses += losses
 
     def _log_step(self, epoch: int, number: int, clock: Clock) -> None:
         recent = self.progress.losses[-self.args.log_interval :]

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -26,25 +25,38 @@ from .seeds import derived_seed, seed_all
 
 
 class Clock:
-    """Seconds that the parts of training steps took."""
+    """Seconds that the parts of training steps took: on a GPU as it worked, which is not waited for but to be told."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict.fromkeys(("data", "forward", "backward", "step"), 0.0)
+        self.passed: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.start()
 
     def start(self) -> None:
         """Begins a part."""
-        self.last = time.perf_counter()
+        self.last = self._now()
 
     def lap(self, part: str) -> None:
         """Ends a part and begins the next one."""
+        now = self._now()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
+            self.passed.append((part, self.last, now))
+        else:
+            self.seconds[part] += now - self.last
         self.last = now
 
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def __str__(self) -> str:
+        for part, first, last in self.passed:
+            last.synchronize()
+            self.seconds[part] += first.elapsed_time(last) / 1000
+        self.passed.clear()
         return " ".join(f"{part} {seconds:.1f}s" for part, seconds in self.seconds.items())
 
 
@@ -111,10 +123,12 @@ class Trainer:
         if self.processes.count > 1:
             devices = [self.processes.device] if self.processes.device.type == "cuda" else None
             called = self.distributed = DistributedDataParallel(self.model, device_ids=devices)
-        self.called: Any = torch.compile(called) if self.args.torchcompile else called
+        self.called: Any = called
+        if self.args.torchcompile:
+            self.called = torch.compile(called, mode=self.args.torchcompile_mode)
 
-    def take_step(self, batches: Iterator, step: int, clock: Clock, unreadable: UnreadableFiles) -> float:
-        """Takes a step of the optimizer.
+    def take_step(self, batches: Iterator, step: int, clock: Clock, unreadable: UnreadableFiles) -> Tensor:
+        """Takes a step of the optimizer. Waits for no GPU.
 
         Args:
             batches: Batches of images, classes and names of unreadable files.
@@ -123,34 +137,28 @@ class Trainer:
             unreadable: Takes the names.
 
         Returns:
-            The loss over the global batch.
-
-        Raises:
-            UserError: If the loss is not finite.
+            The loss over this process's images, still to be read.
         """
         self.called.train()
         for name in self.args.freeze:
             self.model.get_submodule(name).eval()
-        total = 0.0
+        losses = []
         for i in range(self.accumulation):
             clock.start()
             images, targets, *names = next(batches)
             unreadable.note(names)
             seed_all(derived_seed(self.args.seed, step, i, self.processes.rank))  # of mixup, dropout and drop path
-            images, targets = self.precision.images(images), targets.to(self.processes.device)
+            images = self.precision.images(images)
+            targets = targets.to(self.processes.device, non_blocking=True)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             clock.lap("data")
-            total += self._backward(images, targets, clock, is_last=i == self.accumulation - 1)
-        (total,) = self.processes.total(total / self.processes.count)
-        if not math.isfinite(total):
-            good = checkpoints.describe_last_good(self.args.output, step)
-            raise UserError(f"the loss of step {step} is {total}; {good}")
+            losses.append(self._backward(images, targets, clock, is_last=i == self.accumulation - 1))
         self._update(step)
         clock.lap("step")
-        return total
+        return torch.stack(losses).double().sum()
 
-    def _backward(self, images: Tensor, targets: Tensor, clock: Clock, is_last: bool) -> float:
+    def _backward(self, images: Tensor, targets: Tensor, clock: Clock, is_last: bool) -> Tensor:
         """Adds the gradients of a batch, which the last one of a step sums over all processes; returns its loss."""
         waiting: Any = contextlib.nullcontext()
         if self.distributed is not None and not is_last:
@@ -161,7 +169,7 @@ class Trainer:
             clock.lap("forward")
             self.scaler.scale(loss).backward()
             clock.lap("backward")
-        return loss.item()
+        return loss.detach()
 
     def _update(self, step: int) -> None:
         """Changes the weights by their gradients, the learning rate, and the averaged weights."""
