@@ -51,7 +51,8 @@ def main() -> None:
 def make_step(args: argparse.Namespace) -> Any:
     """Returns a function that takes a training step on random images."""
     order = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = timm.create_model(args.model).to(args.device, memory_format=order).train()
+    model: Any = timm.create_model(args.model).to(device=args.device)
+    model = model.to(memory_format=order).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device).to(memory_format=order)
     targets = torch.zeros(args.batch_size, dtype=torch.int64, device=args.device)

@@ -4,7 +4,6 @@ Nothing of weights or images is kept between calls: tables depend on sizes alone
 """
 
 import functools
-import importlib
 import logging
 import math
 from types import ModuleType
@@ -51,10 +50,11 @@ class Plan(NamedTuple):
 def kernels() -> Optional[ModuleType]:
     """Returns `triton_kernels`, or nothing where Triton is not installed."""
     try:
-        return importlib.import_module(".triton_kernels", __package__)
+        from . import triton_kernels
     except ImportError as error:
         _logger.info("layers on a GPU are computed by PyTorch's FFTs, since Triton can't be imported: %s", error)
         return None
+    return triton_kernels
 
 
 def description() -> str:
