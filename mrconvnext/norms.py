@@ -58,7 +58,7 @@ class _NormalisedSum(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *output[1:])
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_forward(*inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Optional[Tensor], *_: None) -> tuple[Optional[Tensor], Optional[Tensor]]:
@@ -74,10 +74,13 @@ class _NormalisedSum(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, on_kernels: Optional[Tensor], on_alpha: Optional[Tensor]) -> tuple[Tensor, None, None]:
-        kernels, alpha = ctx.saved_tensors
+        kernels, alpha, norms, divisors = ctx.saved_tensors
         on_kernels = torch.zeros_like(kernels) if on_kernels is None else on_kernels
         on_alpha = torch.zeros_like(alpha) if on_alpha is None else on_alpha
-        return torch.func.jvp(_normalised_sum, (kernels, alpha), (on_kernels, on_alpha))[1], None, None
+        weights = alpha / divisors
+        on_norms = (kernels * on_kernels).sum(-1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        on_weights = (on_alpha - weights * on_norms) / divisors
+        return merge_kernels(on_kernels, weights) + merge_kernels(kernels, on_weights), None, None
 
 
 class KernelNorm(nn.Module):
