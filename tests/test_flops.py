@@ -49,8 +49,8 @@ def layer_count(layer: mrconvnext.MRConv2d, height: int, width: int, reach: int 
         taps = layer.kernel_size**2 * pixels
         outputs = branches * (product(n) + fft(n) + 2 * pixels)  # fvcore counts 2 a value for a BatchNorm
         return Flops(layer.channels * (fft(n) + outputs + taps), layer.channels * (kernels + branches * fft(n)))
-    # The branches are added, each times a gain, which is elementwise, and the sum is transformed.
-    return Flops(layer.channels * image, layer.channels * (kernels + fft(n)))
+    # The branches are added, each lag times a weight, and the sum is transformed.
+    return Flops(layer.channels * image, layer.channels * (kernels + branches * lags + fft(n)))
 
 
 def assert_same(actual: Flops, expected: Flops) -> None:
