@@ -51,7 +51,7 @@ def settle(args: argparse.Namespace, data: Data) -> None:
     if not is_model_in_modules(args.model, ["convnext", "mrconvnext"]):
         chosen.pop("ls_init", None)  # which others have not, or not by this name
     vars(args).update(chosen)
-    words = ", ".join(f"--{name.replace('_', '-')} {_as_words(own)}" for name, own in sorted(chosen.items()))
+    words = ", ".join(f"--{name.replace('_', '-')} {_as_words(own)}".strip() for name, own in sorted(chosen.items()))
     _logger.info(f"recipe {args.recipe} for {images} images{': ' if words else ''}{words}")
     if args.global_batch > images:
         raise UserError(
