@@ -16,6 +16,7 @@ import copy
 import logging
 import sys
 import threading
+from pathlib import Path
 from typing import Any, Optional
 
 import mrconvnext
@@ -44,6 +45,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = parse_args(argv, description=__doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("timm").setLevel(logging.WARNING)  # which says of one file three times that it is loaded
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which says of each try that it failed
     try:
         with process_group(args.device) as processes, ending_workers():
             if processes.rank != 0:
@@ -51,7 +53,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             return (evaluate if args.evaluate else train)(args, processes)
     except (UserError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]  # the error of a worker comes with its traceback
-        print(f"train_imagenet.py: {reason}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
         return 2
 
 
@@ -114,7 +116,9 @@ def publish(run: Run) -> None:
     for form, fused in (("trained", False), ("fused", True)):
         folder = run.args.output / form
         with whole_folder(folder, PUBLISHED) as own:
-            saved = mrconvnext.save(model, own, fused=fused, metrics=metrics, license=run.args.license)
+            saved = mrconvnext.save(
+                model, own, fused=fused, metrics=metrics, license=run.args.license, name=f"local-dir:{folder}"
+            )
         _logger.info(f"{folder}: {saved}")
 
 

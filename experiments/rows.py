@@ -142,7 +142,9 @@ def other_pathfinder_rows() -> list[Row]:
     """Returns the models that go on from the smaller drawings to the larger; ConvNeXts with more steps on either; and
     all models in smaller batches, soon warm, where the norms have more seeds than the others."""
     trained = [row for row in pathfinder_rows() if row.group == "pathfinder 32"]
-    rows = [pathfinder_row("pathfinder 48, from 32", row, 48, 1) for row in trained]
+    rows = [pathfinder_row("pathfinder 48, from 32", row, 48, 1, keeping=True) for row in trained]
+    resampled = [row for row in trained if row.name in ("local taps, parseval", "local taps, kernel")]
+    rows += [pathfinder_row("pathfinder 48, resampled", row, 48, 1) for row in resampled]
     rows += [pathfinder_row("pathfinder 48, 2 passes", row, 48, 2) for row in trained if row.name == "ConvNeXt"]
     for seed in range(3):
         first = before_pathfinder_row("ConvNeXt", seed, 32)
@@ -160,14 +162,46 @@ def before_pathfinder_row(name: str, seed: int, side: int) -> Row:
     return Row(f"before pathfinder {side}", name, seed, "fashion-27000", options)
 
 
-def pathfinder_row(group: str, first: Row, side: int, epochs: int, batch: int = 64, warmup: float = 0.5) -> Row:
+def pathfinder_row(
+    group: str, first: Row, side: int, epochs: int, batch: int = 64, warmup: float = 0.5, keeping: bool = False
+) -> Row:
     recipe = f"--img-size {side} --global-batch {batch} --epochs {epochs} --lr 1e-3 --warmup-epochs {warmup}"
-    recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0"
+    recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0" + " --keep-kernels" * keeping
     options = (*model(MODELS[first.name], PATHFINDER_SHAPE), *RECIPE, *recipe.split())
     return Row(group, first.name, first.seed, f"pathfinder-{side}", options, first.identifier)
+
+
+# What becomes of the kernels of a model that goes on at another size of images.
+GOING_ON = {
+    "ConvNeXt": (CONVNEXT, ()),
+    "kept kernels": (KERNEL, ("--keep-kernels",)),
+    "resampled kernels": (KERNEL, ()),
+}
+LARGER_SIDES = (48, 64)
+
+
+def resolution_rows() -> list[Row]:
+    """Returns models trained on Fashion-MNIST at 32 px, and their going on for a pass at larger sizes."""
+    rows = []
+    tuned = "--global-batch 64 --epochs 1 --warmup-epochs 0.1 --lr 5e-4 --scale 0.6 1".split()
+    for seed in range(3):
+        for name, (spec, keeping) in GOING_ON.items():
+            first = before_resolution_row(spec, seed)
+            rows.append(first)
+            for side in LARGER_SIDES:
+                options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *tuned, "--img-size", str(side), *keeping)
+                rows.append(Row(f"resolution {side}", name, seed, "fashion-10000", options, first.identifier))
+    return rows
+
+
+def before_resolution_row(spec: tuple[str, tuple[str, ...]], seed: int) -> Row:
+    """Returns three passes over 20,000 images of Fashion-MNIST at 32 px."""
+    name = next(name for name, own in MODELS.items() if own == spec)
+    options = (*model(spec, PATHFINDER_SHAPE), *RECIPE, *FASHION, "--epochs", "3", "--img-size", "32")
+    return Row("resolution 32", name, seed, "fashion-20000", options)
 
 
 def all_rows() -> list[Row]:
     """Returns every row once."""
     rows = [*main_rows(), *fine_tuning_rows(), *pathfinder_rows(), *other_pathfinder_rows(), *change_rows()]
-    return list(dict.fromkeys([*rows, *equal_time_rows()]))
+    return list(dict.fromkeys([*rows, *equal_time_rows(), *resolution_rows()]))

@@ -140,6 +140,8 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
         found = options_of_file(path)
         overlay = {"file": str(path), "num_classes": found["num_classes"]}
         options = {**found, **options, "pretrained_cfg_overlay": overlay}
+    elif (path / "args.yaml").is_file():
+        raise ValueError(f"{path} is the folder of a training run: give {path / 'fused'} or {path / 'trained'}")
     elif path.is_dir():
         read_config(path)  # whose errors say more than timm's
         name = f"local-dir:{path}"
@@ -236,6 +238,9 @@ def push(args: argparse.Namespace) -> int:
 def classify(args: argparse.Namespace) -> int:
     model = load(args)
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
+    folders = [file for file in args.images if file.is_dir()]
+    if folders:
+        raise ValueError(f"{folders[0]} is a folder: give files, such as {folders[0]}/*")
     for file in args.images:
         shares, classes = model(as_taken(model, file)[None]).softmax(-1)[0].topk(min(args.top, model.num_classes))
         found = ", ".join(f"{names[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), classes.tolist()))
@@ -247,6 +252,8 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load(args)
     dataset = class_folders(args.data_dir, args.split if has_split(args.data_dir, args.split) else "")
     names, known = classes_of(dataset), model.pretrained_cfg.get("label_names")
+    if names == [""]:
+        raise ValueError(f"--data-dir {args.data_dir} holds images, but no folders of classes")
     if names is None or len(names) != model.num_classes or (known and list(known) != names):
         raise ValueError(
             f"--data-dir {args.data_dir} has the classes {', '.join(names or ['none'])}, and the model "
@@ -273,7 +280,8 @@ def to_onnx(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         onnx_export(model=model, output_file=str(args.file), batch_size=2, input_size=size)
-    print(f"{args.file}: images (any batch, {', '.join(map(str, size))}) to logits (any batch, {model.num_classes})")
+    images = f"(any batch, {', '.join(map(str, size))})"
+    print(f"{args.file}: images input0 {images}, logits output0 (any batch, {model.num_classes})")
     return 0
 
 
@@ -287,7 +295,9 @@ def plot(args: argparse.Namespace) -> int:
     figures = {"kernels": plots.plot_kernels(model)}
     if not is_deployed(model):
         figures["alpha"] = plots.plot_alpha_norms(model)
-    figures["receptive-fields"] = plots.plot_receptive_fields({model.pretrained_cfg["architecture"]: model}, images)
+    fields = plots.plot_receptive_fields({model.pretrained_cfg["architecture"]: model}, images)
+    fields.suptitle(f"on {len(images)} {'random images' if args.images is None else 'images'}", fontsize="small")
+    figures["receptive-fields"] = fields
     args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(args.output / f"{name}.png", dpi=110)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .grid import add_local_taps
 from .mrconv import MRConv2d
+from .resampling import resample_deployed
 from .state import check_reference
 
 _logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ def options_of_file(file: Path, classifier: Optional[str] = None) -> dict[str, A
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Returns a state dict for an MRConvNeXt, of one like it or of a ConvNeXt in any layout that timm reads.
 
+    Kernels that were made for images of another size are moved to the model's, as ``set_input_size`` does.
+
     Args:
         state_dict: Weights as they come out of a file.
         model: The MRConvNeXt that they are for, in either form.
@@ -95,6 +98,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         except (AttributeError, KeyError, RuntimeError) as error:
             raise RuntimeError(f"these are not the weights of a ConvNeXt like this model: {error!r}") from error
         state_dict = with_branches(state_dict, model)
+    state_dict = on_grids_of(model, state_dict)
     _check_fit(state_dict, model)
     head, cfg = state_dict.get("head.fc.weight"), getattr(model, "pretrained_cfg", {})
     if head is not None and len(head) == model.num_classes != cfg.get("num_classes"):
@@ -128,6 +132,44 @@ def with_branches(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
         + (f"; new as well: {', '.join(headless)}" if headless else "")
     )
     return {**converted, **headless}
+
+
+def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict whose kernels are those of other grids, moved to the grids of an MRConvNeXt's layers.
+
+    Those of a training form stay what they are, and the model's are made for their grid.
+
+    Args:
+        model: The MRConvNeXt, in either form.
+        state_dict: A state dict of one with other grids, or the same ones.
+    """
+    moved = dict(state_dict)
+    grids = {}
+    for name, layer in model.named_modules():
+        found = state_dict.get(f"{name}.grid") if isinstance(layer, MRConv2d) else None
+        if found is None or found.is_meta or found.numel() != 3 or found[2] != layer.guard:
+            continue  # of a convolution, or damaged, or of other taps, which the layer refuses
+        grid = (int(found[0]), int(found[1]))
+        kernel = state_dict.get(f"{name}.kernel")
+        if kernel is None:
+            made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
+            if made_for != layer.made_for:
+                layer.make_for(made_for)
+            if layer.is_resampled:
+                moved[f"{name}.kernel_grid"] = torch.tensor(made_for)
+            else:
+                moved.pop(f"{name}.kernel_grid", None)
+        elif grid != layer.reference_grid and kernel.shape[-1] == 2 * grid[0] * (grid[1] + layer.guard) - 1:
+            bidirectional = layer.options.bidirectional
+            moved[f"{name}.kernel"] = resample_deployed(kernel, grid, layer.reference_grid, layer.guard, bidirectional)
+        if grid != layer.reference_grid:
+            grids[f"{grid[0]}×{grid[1]}"] = "×".join(map(str, layer.reference_grid))
+            moved[f"{name}.grid"] = torch.tensor([*layer.reference_grid, layer.guard])
+    if grids:
+        moves = ", ".join(f"{old} to {new}" for old, new in grids.items())
+        _logger.info(f"Kernels were made for other grids, and now span the same share of the image: {moves}")
+    model.note_kernels()
+    return moved
 
 
 def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor]) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ def save(
     license: Optional[str] = None,
     images: Optional[Tensor] = None,
     limit: float = LIMIT,
+    name: Optional[str] = None,
 ) -> Parity:
     """Writes a model's weights, config and card, for ``timm.create_model("local-dir:FOLDER", pretrained=True)``.
 
@@ -81,6 +82,7 @@ def save(
             with, if it is known; of others the card says that none is stated.
         images: Images (B, C, H, W) to compare on, as the model takes them. Default: two random ones.
         limit: Largest parity error of the logits and of any layer.
+        name: What the card tells readers to give ``timm.create_model``. Default: ``local-dir:FOLDER``.
 
     Returns:
         How far the written model is from this one.
@@ -96,7 +98,7 @@ def save(
     _check_folder(folder, fused or is_deployed(model))
     with _made(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         found = _write(
-            model, Path(temporary), f"local-dir:{folder}", fused, metrics, model_args, license, images, limit
+            model, Path(temporary), name or f"local-dir:{folder}", fused, metrics, model_args, license, images, limit
         )
         for file in sorted(Path(temporary).iterdir()):
             os.replace(file, folder / file.name)

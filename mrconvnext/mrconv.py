@@ -1,42 +1,14 @@
-"""The layers: `MRConv1d` for sequences and `MRConv2d` for images.
+"""The layers: `MRConv1d` for sequences and `MRConv2d` for images."""
 
-A layer has two forms. In its training form several branches of doubling length, each normalised and weighted by
-``alpha``, are added (MRConv, Cunningham et al. 2024, section 3). `reparameterize` folds them, and the local taps of
-`MRConv2d`, into the deployed form: one kernel and one bias.
-"""
-
-import copy
-import itertools
+import math
 from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .grid import add_local_taps, convolve_locally
-from .kernels import create_kernels
-from .longconv import check_not_onnx, convolve, convolve_real
-from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
-from .options import BranchOptions, branch_lengths, branch_options, check_positive, sides_of
-from .precision import as_autocast, at_least_float32
-from .state import check_entry, check_parameters, entries, reparameterize_after_load, take_form, write_reference
-
-# Seeds of layers made without one, far from those that a model gives its layers. The generator uses 32 bits of them.
-_seeds = itertools.count(2**31)
-
-# FX keeps these as single nodes: they depend on sizes and dtypes that are known only when the traced model runs.
-for _name in (
-    *(
-        "add_local_taps",
-        "as_autocast",
-        "at_least_float32",
-        "check_not_onnx",
-        "convolve",
-        "convolve_locally",
-        "convolve_real",
-    ),
-    *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
-):
-    torch.fx.wrap(_name)
+from .layer import LongConvolution
+from .options import branch_options, check_positive
+from .resampling import grid_for
 
 
 @torch.fx.wrap
@@ -51,208 +23,6 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
     if min(x.shape[2], x.shape[dims - 1]) < 1:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
-
-
-class LongConvolution(nn.Module):
-    """What both layers are: branches over a reference grid, in training or deployed form.
-
-    The layer takes the form of the state dict that it is given, unless ``inference_mode`` is set: then it always ends
-    deployed. A change of form makes new parameters, which an optimizer made before does not know. Beside parameters and
-    statistics a state dict holds the grid and the branches' lengths, which are compared with the layer's, and the
-    sparse lags. None of them is a buffer, which averages of weights or casts could change.
-
-    In the deployed form ``alpha`` is empty: it has no branches. So nobody who assigns weights by their names, whatever
-    the form, can take the weights of one form for those of the other.
-
-    Args:
-        channels: Number of channels C.
-        grid: Height and width of the reference grid.
-        guard: Columns of zeros between rows.
-        kernel_size: Size k of the local taps, odd; 0 for none.
-        dilation: Distance of the local taps in pixels.
-        bias: Whether there is a bias.
-        options: What the branches are like.
-        seed: Seed of the sparse lags. Default: one that no other layer of this process has.
-        inference_mode: Whether the layer is deployed from the start.
-        exportable: Whether the deployed form computes without complex numbers, for exporters that have none.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-    """
-
-    merges: torch.jit.Final[bool]
-    exportable: torch.jit.Final[bool]
-
-    def __init__(
-        self,
-        channels: int,
-        grid: tuple[int, int],
-        guard: int,
-        kernel_size: int,
-        dilation: int,
-        bias: bool,
-        options: BranchOptions,
-        seed: Optional[int],
-        inference_mode: bool,
-        exportable: bool,
-        device: Any,
-        dtype: Any,
-    ) -> None:
-        super().__init__()
-        check_positive("channels", channels)
-        self.channels = channels
-        self.kernel_size = kernel_size
-        self.dilation = dilation
-        self.guard = guard
-        self.reference_grid = grid
-        self.row_stride = grid[1] + guard
-        self.branch_lengths = branch_lengths(grid[0] * self.row_stride, options.min_length, options.max_branches)
-        self.options = options
-        self.has_bias = bias
-        self.seed = next(_seeds) if seed is None else seed
-        self.inference_mode = inference_mode
-        self.merges = options.branch_norm != "batch"
-        self.exportable = exportable
-        self.build_branches(device, dtype)
-        self.register_state_dict_post_hook(write_reference)
-        self.register_load_state_dict_pre_hook(take_form)
-        self.register_load_state_dict_post_hook(reparameterize_after_load)
-        if inference_mode:
-            self.reparameterize()
-
-    # What stands in the state dict beside weights, for those who read and assign its entries by name
-
-    __jit_unused_properties__ = ["format", "grid", "lengths"]
-
-    @property
-    def format(self) -> Tensor:
-        """See `state.entries`."""
-        return torch.tensor(entries(self)["format"])
-
-    @property
-    def grid(self) -> Tensor:
-        """Height and width of the reference grid, and the guard."""
-        return torch.tensor(entries(self)["grid"])
-
-    @property
-    def lengths(self) -> Tensor:
-        """The lengths of the branches."""
-        return torch.tensor(self.branch_lengths)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("format", "grid", "lengths"):
-            check_entry(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    # The two forms
-
-    def build_branches(self, device: Any, dtype: Any) -> None:
-        """Gives the layer its training form, with new parameters."""
-        dd = {"device": device, "dtype": dtype}
-        channels, branches, options = self.channels, len(self.branch_lengths), self.options
-        alpha = 1 / branches if options.alpha_init is None else options.alpha_init
-        self.drop("alpha", "kernel", "weight", "bias")
-        self.register_parameter("kernel", None)
-        self.register_parameter("weight", None)
-        if self.kernel_size > 0:
-            self.weight = nn.Parameter(torch.empty(channels, 1, self.kernel_size, self.kernel_size, **dd))
-            nn.init.trunc_normal_(self.weight, std=0.02)  # as ConvNeXt's
-        self.register_parameter("bias", nn.Parameter(torch.zeros(channels, **dd)) if self.has_bias else None)
-        self.alpha = nn.Parameter(torch.full((branches, channels), float(alpha), **dd))
-        self.kernels = create_kernels(
-            options.kernel,
-            channels,
-            self.branch_lengths,
-            directions=2 if options.bidirectional else 1,
-            modes=options.modes,
-            taps=options.taps,
-            seed=self.seed,
-            **dd,
-        )
-        self.norm = create_norm(options.branch_norm, branches, channels, sync=options.sync_norm, **dd)
-
-    def build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
-        """Gives the layer its deployed form."""
-        requires_grad = any(parameter.requires_grad for parameter in self.parameters())
-        self.drop("alpha", "kernel", "weight", "bias", "kernels", "norm")
-        self.kernel = nn.Parameter(kernel, requires_grad)
-        self.register_parameter("weight", None)
-        self.bias = nn.Parameter(bias, requires_grad)
-        self.register_buffer("alpha", kernel.new_empty((0, self.channels)))
-
-    def drop(self, *names: str) -> None:
-        for name in names:
-            if hasattr(self, name):
-                delattr(self, name)
-
-    def branch_kernels(self) -> list[Tensor]:
-        """Returns the branches' two-sided kernels (C, 2·l_i − 1) as parameterized: before norm and α.
-
-        Raises:
-            RuntimeError: If the layer is deployed, its branches gone.
-        """
-        if self.kernel is not None:
-            raise RuntimeError("a deployed layer has no branches: call branch_kernels() before reparameterize()")
-        longest = self.branch_lengths[-1]
-        return [own[:, longest - n : longest + n - 1] for own, n in zip(self.kernels(), self.branch_lengths)]
-
-    @torch.no_grad()
-    def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Returns the kernel (C, 2·L − 1) and bias (C) that the layer equals in eval mode, folded in float64.
-
-        They act on the reference grid laid out by `grid.to_sequence`, L its number of positions.
-        """
-        if self.kernel is not None:
-            return self.kernel.detach().clone(), self.bias.detach().clone()
-        layer = copy.deepcopy(self).double().eval()
-        if layer.merges:
-            kernel, bias = layer._merge(layer.alpha.new_empty((1, 1, *self.reference_grid)))
-        else:
-            norm, alpha = layer.norm, layer.alpha
-            gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-            kernel = merge_kernels(layer.kernels(), alpha * gain.view(alpha.shape))
-            kernel, bias = layer._complete(kernel, shift.view(alpha.shape))
-        bias = kernel.new_zeros(self.channels) if bias is None else bias
-        return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
-
-    def reparameterize(self) -> None:
-        """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent.
-
-        Raises:
-            RuntimeError: If a parametrization or a pruning of PyTorch's stands in the place of a parameter.
-        """
-        if self.kernel is None:
-            check_parameters(self)
-            self.build_deployed(*self.merged_kernel())
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        """Returns the layer's output for images (B, C, H, W)."""
-        x = as_autocast(x)
-        if self.kernel is not None:
-            if self.exportable:
-                return convolve_real(x, self.kernel, self.bias, self.row_stride, self.guard)
-            return convolve(x, self.kernel, self.bias, self.row_stride, self.guard)
-        check_not_onnx()
-        if self.merges:
-            kernel, bias = self._merge(x)
-            return convolve(x, kernel, bias, self.row_stride, self.guard)
-        kernels = self.kernels()  # (N, C, 2·L − 1)
-        c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))  # (B, N · C, H, W)
-        y = weigh_branches(c, self.alpha)
-        if self.weight is not None:
-            y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
-        return y.to(x.dtype)
-
-    def _merge(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-        """Returns the kernel (C, 2·L − 1) and bias (C), if any, that the layer equals for images (B, C, H, W)."""
-        kernel, shift = self.norm(x, self.kernels(), at_least_float32(self.alpha), self.row_stride, self.guard)
-        return self._complete(kernel, shift)
-
-    def _complete(self, kernel: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
-        """Returns the branches' merged kernel with the local taps, and the bias that the norms' shifts add up to."""
-        if self.weight is not None:
-            kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
-        return kernel, merge_shifts(at_least_float32(self.alpha), shift, self.bias)
 
 
 class MRConv2d(LongConvolution):
@@ -274,6 +44,8 @@ class MRConv2d(LongConvolution):
         seed: Seed of the sparse lags. Default: one that no other layer of this process has.
         inference_mode: Whether the layer is deployed from the start; see `LongConvolution`.
         exportable: Whether the deployed form computes without complex numbers, for exporters that have none.
+        made_for: Height and width of another grid that the kernels are parameterized for, to be moved to ``grid``; see
+            `set_grid`. Default: ``grid``.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **options: What the branches are like; see `BranchOptions`.
@@ -293,20 +65,19 @@ class MRConv2d(LongConvolution):
         seed: Optional[int] = None,
         inference_mode: bool = False,
         exportable: bool = False,
+        made_for: Optional[Union[int, tuple[int, int]]] = None,
         device: Any = None,
         dtype: Any = None,
         **options: Any,
     ) -> None:
-        height, width = sides_of(grid)
         check_positive("dilation", dilation)
         if not isinstance(kernel_size, int) or kernel_size < 0 or (kernel_size > 0 and kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be an odd integer, or 0 for no local taps, got {kernel_size!r}")
         guard = dilation * (kernel_size // 2)
-        if min(height, width) < guard + 1:
-            raise ValueError(f"grid must be at least {guard + 1} on each side to hold the taps, got {(height, width)}")
         super().__init__(
             channels=channels,
-            grid=(height, width),
+            grid=grid_for(grid, guard),
+            made_for=None if made_for is None else grid_for(made_for, guard),
             guard=guard,
             kernel_size=kernel_size,
             dilation=dilation,
@@ -347,6 +118,8 @@ class MRConv1d(LongConvolution):
         seed: See `MRConv2d`, as for the arguments below.
         inference_mode: Whether the layer is deployed from the start.
         exportable: Whether the deployed form computes without complex numbers.
+        made_for: Another length that the kernels are parameterized for, to be moved to ``length``; see `resample`.
+            Default: ``length``.
         device: Device of the parameters.
         dtype: Type of the parameters.
         **options: See `BranchOptions`.
@@ -363,14 +136,18 @@ class MRConv1d(LongConvolution):
         seed: Optional[int] = None,
         inference_mode: bool = False,
         exportable: bool = False,
+        made_for: Optional[int] = None,
         device: Any = None,
         dtype: Any = None,
         **options: Any,
     ) -> None:
         check_positive("length", length)
+        if made_for is not None:
+            check_positive("made_for", made_for)
         super().__init__(
             channels=channels,
             grid=(length, 1),
+            made_for=None if made_for is None else (made_for, 1),
             guard=0,
             kernel_size=0,
             dilation=1,
@@ -395,3 +172,16 @@ class MRConv1d(LongConvolution):
         """
         check_input(x, self.channels, 3)
         return self._convolve(x.unsqueeze(-1)).squeeze(-1)
+
+    def resample(self, factor: float) -> None:
+        """Moves the kernels to sequences that are sampled ``factor`` times as densely, in place; see `set_grid`.
+
+        Args:
+            factor: The new sampling rate over the old one; the reference length is multiplied by it.
+
+        Raises:
+            ValueError: If it is not a finite number above 0.
+        """
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor must be a finite number above 0, got {factor!r}")
+        self.set_grid((max(1, round(factor * self.reference_grid[0])), 1))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .engines.block import use_fused_blocks
+from .global_kernels import holding_taps, why_not
 from .mrconv import MRConv2d, check_input
 from .options import BranchOptions
 from .state import check_numbers
@@ -65,6 +66,8 @@ class MRConvNeXt(ConvNeXt):
     Args:
         img_size: Height and width of the images that the kernels are made for, in pixels. Other sizes run as
             well.
+        kernel_img_size: Height and width of other images, for which the kernels are parameterized, to be moved to
+            ``img_size``; see `set_input_size`. Default: ``img_size``.
         kernel_sizes: Size of the local taps, odd, for all stages or each; 0 for none.
         min_lengths: Length of the shortest branch, in positions, in all stages or each of the four. Default: by the
             length of the sequence, see `options.branch_lengths`.
@@ -89,6 +92,7 @@ class MRConvNeXt(ConvNeXt):
         self,
         *,
         img_size: Union[int, tuple[int, int]] = 224,
+        kernel_img_size: Optional[Union[int, tuple[int, int]]] = None,
         kernel_sizes: Union[int, Sequence[int]] = 7,
         min_lengths: Optional[Union[int, Sequence[int]]] = None,
         inference_mode: bool = False,
@@ -100,12 +104,13 @@ class MRConvNeXt(ConvNeXt):
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         # Where there are no local taps ConvNeXt still builds a convolution, which is replaced.
         super().__init__(kernel_sizes=tuple(max(1, k) for k in kernel_sizes), device=device, dtype=dtype, **kwargs)
-        self._replace_convolutions(img_size, kernel_sizes, min_lengths, inference_mode, options)
+        self._replace_convolutions(img_size, kernel_img_size, kernel_sizes, min_lengths, inference_mode, options)
         self.model_args.update({name: value for name, value in kwargs.items() if name not in NOT_SAVED})
 
     def _replace_convolutions(
         self,
         img_size: Union[int, tuple[int, int]],
+        kernel_img_size: Optional[Union[int, tuple[int, int]]],
         kernel_sizes: tuple[int, ...],
         min_lengths: Optional[Union[int, Sequence[int]]],
         inference_mode: bool,
@@ -113,9 +118,9 @@ class MRConvNeXt(ConvNeXt):
     ) -> None:
         """Makes a ConvNeXt an MRConvNeXt. The arguments are those of the constructor."""
         feature_info: Any = self.feature_info
-        sides, smallest_image = to_2tuple(img_size), feature_info[-1]["reduction"]
-        if len(sides) != 2 or not all(isinstance(side, int) and side >= smallest_image for side in sides):
-            raise ValueError(f"img_size must be one or two integers of at least {smallest_image}, got {img_size}")
+        smallest_image = feature_info[-1]["reduction"]
+        sides = self._sides("img_size", img_size)
+        kernel_sides = sides if kernel_img_size is None else self._sides("kernel_img_size", kernel_img_size)
         min_lengths = for_each_stage("min_lengths", min_lengths)
         # What `hub` writes: where the weights came from, and what makes the model again.
         self.started_from: Optional[str] = None
@@ -127,10 +132,14 @@ class MRConvNeXt(ConvNeXt):
         for stage, info, kernel_size, min_length in zip(self.stages, feature_info, kernel_sizes, min_lengths):
             for block in stage.blocks:
                 conv = block.conv_dw
-                smallest = conv.dilation[0] * (kernel_size // 2) + 1
+                grid, made_for = (
+                    holding_taps(reduced(own, info["reduction"]), kernel_size, conv.dilation[0])
+                    for own in (sides, kernel_sides)
+                )
                 block.conv_dw = MRConv2d(
                     conv.in_channels,
-                    grid=tuple(max(side // info["reduction"], smallest) for side in sides),
+                    grid=grid,
+                    made_for=made_for,
                     kernel_size=kernel_size,
                     dilation=conv.dilation[0],
                     bias=conv.bias is not None,
@@ -143,8 +152,49 @@ class MRConvNeXt(ConvNeXt):
                     **options,
                 )
                 seed += 1
+        self.note_kernels()
         use_fused_blocks(self)
         self.register_load_state_dict_pre_hook(check_numbers)
+
+    def _sides(self, name: str, img_size: Any) -> tuple[int, int]:
+        """Returns height and width of an image that is as large as the model's largest stride at least."""
+        feature_info: Any = self.feature_info
+        sides, smallest = to_2tuple(img_size), feature_info[-1]["reduction"]
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= smallest for side in sides):
+            raise ValueError(f"{name} must be one or two integers of at least {smallest}, got {img_size}")
+        return tuple(sides)
+
+    @torch.jit.ignore
+    def note_kernels(self) -> None:
+        """Has the arguments that make the model again say what its kernels are parameterized for."""
+        feature_info: Any = self.feature_info
+        layer, reduction = self.stages[0].blocks[0].conv_dw, feature_info[0]["reduction"]
+        self.model_args.pop("kernel_img_size", None)
+        if layer.made_for != layer.reference_grid:
+            self.model_args["kernel_img_size"] = (reduction * layer.made_for[0], reduction * layer.made_for[1])
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, tuple[int, int]]) -> None:
+        """Moves all kernels to images of another size, of which they span the same share then, in place.
+
+        Without that the model takes images of any size too, and its kernels reach as many pixels as ever. No parameter
+        of the training form changes; see `MRConv2d.set_grid` for the deployed one.
+
+        Args:
+            img_size: Height and width of the images, in pixels.
+
+        Raises:
+            ValueError: If it is less than the largest stride.
+        """
+        sides = self._sides("img_size", img_size)
+        feature_info: Any = self.feature_info
+        for stage, info in zip(self.stages, feature_info):
+            for block in stage.blocks:
+                layer = block.conv_dw
+                size = reduced(sides, info["reduction"])
+                layer.set_grid(holding_taps(size, layer.kernel_size, layer.dilation))
+        self.model_args["img_size"] = sides
+        self.note_kernels()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -167,6 +217,11 @@ class MRConvNeXt(ConvNeXt):
             if isinstance(layer, MRConv2d):
                 layer.reparameterize()
         return self
+
+
+def reduced(sides: tuple[int, int], reduction: int) -> tuple[int, int]:
+    """Returns height and width of a stage's feature maps."""
+    return sides[0] // reduction, sides[1] // reduction
 
 
 def for_each_stage(name: str, value: Any) -> tuple:
@@ -202,7 +257,7 @@ def from_convnext(
     stages: Any = model.stages
     for stage in stages:
         convolutions = [block.conv_dw for block in stage.blocks]
-        if not all(_is_replaceable(conv, convolutions[0].kernel_size) for conv in convolutions):
+        if any(why_not(conv) or conv.kernel_size != convolutions[0].kernel_size for conv in convolutions):
             raise TypeError(
                 "model must be a ConvNeXt with zero-padded k×k depthwise convolutions, k odd and the same in a stage, "
                 f"got {convolutions}"
@@ -213,7 +268,7 @@ def from_convnext(
     converted: Any = copy.deepcopy(model)
     converted.__class__ = MRConvNeXt
     kernel_sizes = tuple(stage.blocks[0].conv_dw.kernel_size[0] for stage in stages)
-    converted._replace_convolutions(img_size, kernel_sizes, min_lengths, inference_mode=False, options=options)
+    converted._replace_convolutions(img_size, None, kernel_sizes, min_lengths, inference_mode=False, options=options)
     converted.load_state_dict(with_branches(model.state_dict(), converted))
     for name, layer in converted.named_modules():
         if isinstance(layer, MRConv2d):
@@ -233,19 +288,6 @@ def _cfg_of_unknown(model: ConvNeXt) -> dict[str, Any]:
     """Returns a configuration for a ConvNeXt that does not come from timm's registry: one of no weights."""
     cfg = default_cfgs["mrconvnextv2_small"].cfgs["untrained"].to_dict()  # timm's defaults
     return {**cfg, "num_classes": model.num_classes, "input_size": (model.stem[0].in_channels, 224, 224)}
-
-
-def _is_replaceable(conv: nn.Module, kernel_size: tuple[int, int]) -> bool:
-    """Returns whether local taps of this size can stand for a convolution."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == kernel_size
-        and conv.padding_mode == "zeros"
-        and conv.stride == (1, 1)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.padding == tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size))
-    )
 
 
 SIZES = {
@@ -288,7 +330,7 @@ def _create_mrconvnext(
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-            **dict(model_args, **kwargs),
+            **{"img_size": tuple(cfg.input_size[1:]), **model_args, **kwargs},  # a tag has its own
         )
     except SafetensorError as error:
         raise RuntimeError(

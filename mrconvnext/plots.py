@@ -25,16 +25,22 @@ def plot_kernels(model: MRConvNeXt) -> Figure:
     columns = max(len(layer.alpha) for layer in layers) + 1
     figure = Figure(figsize=(7 + 1.9 * columns, 3.2 * len(layers)), layout="constrained")
     for stage, (layer, row) in enumerate(zip(layers, figure.subfigures(len(layers), 1, squeeze=False)[:, 0])):
-        row.suptitle(f"stage {stage + 1}, grid {layer.reference_grid[0]}×{layer.reference_grid[1]}", fontsize="medium")
-        _plot_layer(layer, row, columns)
+        channel = _strongest_channel(layer)
+        height, width = layer.reference_grid
+        row.suptitle(f"stage {stage + 1}, grid {height}×{width}, channel {channel}", fontsize="medium")
+        _plot_layer(layer, channel, row, columns)
     return figure
 
 
 @torch.no_grad()
-def _plot_layer(layer: MRConv2d, figure: Any, columns: int) -> None:
+def _strongest_channel(layer: MRConv2d) -> int:
+    size = layer.alpha.abs().sum(0) if layer.kernel is None else layer.merged_kernel()[0].abs().sum(1)
+    return int(size.argmax())
+
+
+@torch.no_grad()
+def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> None:
     merged = layer.merged_kernel()[0].float()
-    size = layer.alpha.abs().sum(0) if layer.kernel is None else merged.abs().sum(1)
-    channel = int(size.argmax())
     kernels: list[Tensor] = []
     if layer.kernel is None:
         kernels = [kernel[channel].float() for kernel in layer.branch_kernels()]
@@ -51,7 +57,7 @@ def _plot_layer(layer: MRConv2d, figure: Any, columns: int) -> None:
         axes[0].legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
         axes[0].set_title("branches", fontsize="small")
     _plot_sequence(axes[sequences - 1], merged[channel], color="black")
-    axes[sequences - 1].set_title(f"merged kernel, channel {channel}", fontsize="small")
+    axes[sequences - 1].set_title("merged kernel", fontsize="small")
     _plot_image(axes[sequences], merged[channel], layer, "merged", beyond=layer.guard)
     for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
         _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")
@@ -139,9 +145,11 @@ def plot_receptive_fields(models: dict[str, Any], images: Tensor) -> Figure:
     for row, (name, model) in zip(axes, models.items()):
         for stage, ax in enumerate(row):
             field = _receptive_field(model, images, stage).log10()
-            ax.imshow(field.numpy(), cmap="magma", vmin=-4, vmax=0)
+            picture = ax.imshow(field.numpy(), cmap="magma", vmin=-4, vmax=0)
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}, stage {stage + 1}", fontsize="x-small")
+    bar = figure.colorbar(picture, ax=axes, ticks=[-4, -2, 0], format=lambda power, _: f"$10^{{{power:.0f}}}$")
+    bar.set_label("gradient, of its largest", fontsize="x-small")
     return figure
 
 

@@ -1,6 +1,6 @@
 """State dicts of the layers: what the weights were made for, and the form that a layer takes of those it is given.
 
-These are hooks of `mrconv.LongConvolution`, which is what ``layer`` stands for.
+These are hooks of `layer.LongConvolution`, which is what ``layer`` stands for.
 """
 
 from typing import Any
@@ -13,8 +13,43 @@ from .kernels import SparseKernels, check_lags
 # Of what a layer's state dict holds. 1 had a module for each branch.
 FORMAT = 2
 
+# What stands in a layer's state dict beside its weights; see `entries`.
+ENTRIES = ("format", "grid", "kernel_grid", "lengths")
+
 # Parameters of either form of a layer.
 OF_LAYER = ("alpha", "kernel", "weight", "bias")
+
+
+class Entries:
+    """What stands in a layer's state dict beside its weights, for those who read and assign it by name."""
+
+    __jit_unused_properties__ = ["format", "grid", "kernel_grid", "lengths"]
+
+    @property
+    def format(self) -> torch.Tensor:
+        """See `entries`."""
+        return torch.tensor(entries(self)["format"])
+
+    @property
+    def grid(self) -> torch.Tensor:
+        """Height and width of the reference grid, and the guard."""
+        return torch.tensor(entries(self)["grid"])
+
+    @property
+    def kernel_grid(self) -> torch.Tensor:
+        """Height and width of the grid that the branches' kernels are parameterized for."""
+        return torch.tensor(self.made_for)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """The lengths of the branches."""
+        return torch.tensor(self.branch_lengths)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ENTRIES:
+            check_entry(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -26,11 +61,15 @@ def entries(layer: Any) -> dict[str, list[int]]:
     """Returns what stands in a layer's state dict beside its weights.
 
     ``format``: the format's number, and 1 if the layer is deployed; ``grid``: height, width, guard; in training form
-    ``lengths``: those of the branches.
+    ``lengths``: those of the branches, and ``kernel_grid``: the grid that they are parameterized for, if it is another.
     """
     deployed = layer.kernel is not None
     own = {"format": [FORMAT, int(deployed)], "grid": [*layer.reference_grid, layer.guard]}
-    return own if deployed else {**own, "lengths": layer.branch_lengths}
+    if deployed:
+        return own
+    if layer.is_resampled:
+        own["kernel_grid"] = list(layer.made_for)
+    return {**own, "lengths": layer.branch_lengths}
 
 
 def check_entry(layer: Any, name: str, given: torch.Tensor) -> None:
@@ -54,7 +93,7 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
     Raised here, not collected: the layer's children would be loaded all the same.
     """
     check_reference(layer, state_dict, prefix)
-    for name in ("format", "grid", "lengths"):
+    for name in ENTRIES:
         state_dict.pop(prefix + name, None)
     if prefix + "kernel" in state_dict:
         state_dict.setdefault(prefix + "alpha", layer.alpha.new_empty((0, layer.channels)))
@@ -110,7 +149,7 @@ def _is_of_a_convolution(layer: Any, state_dict: dict[str, Any], prefix: str) ->
 
 def trainable_names(layer: Any) -> list[str]:
     """Returns the names in a layer's state dict that a layer of its form can't do without."""
-    return [name for name in layer.state_dict() if name not in ("format", "grid", "lengths")]
+    return [name for name in layer.state_dict() if name not in ENTRIES]
 
 
 def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
@@ -124,17 +163,22 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
             "read in training form. Deploy them with that version (model.reparameterize()): deployed weights load."
         )
     own = {"format": [FORMAT], "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
+    found = {name: state_dict[prefix + name] for name in ENTRIES if prefix + name in state_dict}
+    if "grid" in found and "lengths" in found:  # the training form
+        own["kernel_grid"] = list(layer.made_for)
+        found.setdefault("kernel_grid", found["grid"][:2])
     for name, value in own.items():
-        given = state_dict.get(prefix + name)
+        given = found.get(name)
         if given is not None and not given.is_meta and _differs(name, given, value):
             raise RuntimeError(
                 f"{prefix}{name} is {given.tolist()} in the state dict and {value} in the layer. "
-                "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: "
-                "build the model with the same img_size, kernel_sizes, output_stride, min_lengths and max_branches."
+                "Weights keep the grid [height, width, guard] and the branch lengths that they were made with: build "
+                "the model with the same img_size, kernel_img_size, kernel_sizes, output_stride, min_lengths and "
+                "max_branches, and move it to another size then, by model.set_input_size(img_size)."
             )
     check_numbers(layer, state_dict, prefix)
     shapes = {
-        "kernel": [(layer.channels, 2 * layer.branch_lengths[-1] - 1)],
+        "kernel": [(layer.channels, 2 * layer.reference_grid[0] * layer.row_stride - 1)],
         "alpha": [(len(layer.branch_lengths), layer.channels), (0, layer.channels)],
     }
     for name, allowed in shapes.items():

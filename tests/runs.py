@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def main(*arguments: object) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train_imagenet.main([str(argument) for argument in arguments])
+        with unittest.mock.patch.object(sys, "argv", [str(SCRIPT)]):  # whose name stands before errors
+            return train_imagenet.main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads)
 

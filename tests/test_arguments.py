@@ -61,6 +61,7 @@ def test_arguments_out_of_range(options: list, capsys) -> None:
         (["--finetune", "list.pth"], ["list.pth"]),
         (["--finetune", "number.pth"], ["number.pth"]),
         (["--finetune", "resnet.safetensors"], ["ConvNeXt"]),
+        (["--finetune", "resnet.safetensors", "--model", "mobilenetv2_035"], ["mobilenetv2_035", "Missing key"]),
         (["--evaluate"], ["best.safetensors"]),
         (["--dataset", "foo/bar"], ["--dataset", "foo/bar"]),
     ],
@@ -91,14 +92,17 @@ def test_arguments_are_kept_as_yaml_and_json_hold_them() -> None:
     assert plain["model_kwargs"] == {name: list(value) for name, value in OPTIONS.items()}
 
 
-def test_kernels_are_made_for_the_images_unless_the_weights_have_some(tmp_path: Path) -> None:
-    def grid(file: Path) -> tuple[int, int]:
-        args = parse_args([*MODEL, "--img-size", "64", "--finetune", str(file), "--output", "x"])
-        return make_model(args, classes=10).stages[0].blocks[0].conv_dw.reference_grid
+def test_kernels_are_made_for_the_images_and_those_of_weights_follow_them_unless_kept(tmp_path: Path) -> None:
+    def grids(file: Path, *more: str) -> tuple[tuple[int, int], ...]:
+        args = parse_args([*MODEL, "--img-size", "64", "--finetune", str(file), "--output", "x", *more])
+        layer = make_model(args, classes=10).stages[0].blocks[0].conv_dw
+        return layer.reference_grid, layer.made_for
 
     own = timm.create_model("mrconvnext_atto", **OPTIONS, num_classes=10, img_size=32)
     save_file(own.state_dict(), tmp_path / "own.safetensors")
     convnext = make_model(parse_args([*CONVNEXT, "--output", "x"]), classes=10)
     save_file(convnext.state_dict(), tmp_path / "convnext.safetensors")
-    assert grid(tmp_path / "convnext.safetensors") == (16, 16)
-    assert grid(tmp_path / "own.safetensors") == (8, 8)
+    for more in ([], ["--keep-kernels"]):
+        assert grids(tmp_path / "convnext.safetensors", *more) == ((16, 16), (16, 16))
+    assert grids(tmp_path / "own.safetensors") == ((16, 16), (8, 8))
+    assert grids(tmp_path / "own.safetensors", "--keep-kernels") == ((8, 8), (8, 8))

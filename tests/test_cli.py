@@ -157,6 +157,8 @@ def test_classify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "class 2" in capsys.readouterr().out
     assert run("classify", tmp_path / "named", tmp_path / "nothing.png") == 1
     assert "nothing.png" in capsys.readouterr().err
+    assert run("classify", tmp_path / "named", tmp_path) == 1
+    assert f"{tmp_path} is a folder: give files" in capsys.readouterr().err
 
 
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -184,6 +186,8 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["fuse", "saved", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),
         (["fuse", "saved", "saved"], ["saved", "training form"]),
+        (["info", "run"], ["run is the folder of a training run", "run/fused"]),
+        (["evaluate", "saved", "--data-dir", "pictures"], ["--data-dir pictures", "no folders of classes"]),
         (["info", "text.pth", "--model", "mrconvnext_atto"], ["text.pth"]),
         (["info", "text.safetensors", "--model", "mrconvnext_atto"], ["text.safetensors"]),
         (["convert", "code.pth", "out", "--model", "mrconvnext_atto"], ["weights_only"]),
@@ -200,6 +204,10 @@ def test_errors_are_one_message(
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken", "0.jpg").write_text("no image")
+    Path("run").mkdir()
+    Path("run", "args.yaml").write_text("{}")
+    Path("pictures").mkdir()
+    Image.new("RGB", (64, 64)).save("pictures/0.png")
     for name in ("text.pth", "text.safetensors"):
         Path(name).write_text("no weights")
     capsys.readouterr()

@@ -84,7 +84,7 @@ def keep_one_class(data: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        (lambda data: shutil.rmtree(data), [], ["--data-dir", "data"]),
+        (lambda data: shutil.rmtree(data), [], ["--data-dir", "data", "does not exist"]),
         (lambda data: None, ["--val-split", "test"], ["data", "'test'"]),
         (lambda data: None, ["--num-classes", "7"], ["7", "3 classes"]),
         (lambda data: (data / "validation" / "2").rename(data / "validation" / "x"), [], ["differ: 2, x"]),

@@ -81,6 +81,12 @@ def test_few_images_are_told_what_to_do(images: Path, tmp_path: Path, capsys) ->
     assert "--global-batch 4096 is more than the 120 training images" in error and "--recipe small" in error
 
 
+def test_a_misspelt_model_is_told_before_anything_else(images: Path, tmp_path: Path, capsys) -> None:
+    assert main("--model", "mrconvnext_ato", "--data-dir", images, "--output", tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "mrconvnext_ato is not a model" in said.err and "close are" in said.err
+
+
 def test_choices_are_the_same_for_any_number_of_images() -> None:
     for recipe in ("small", "finetune"):
         for count in (1, 2, 3, 10, 1000, 50_000):
@@ -116,6 +122,12 @@ def test_a_folder_without_splits_is_split(unsplit: Path, caplog) -> None:
     assert "a fifth of each class is held out, drawn by --seed 1" in caplog.text
 
 
+def leave_one_class(folder: Path) -> None:
+    (folder / "0").rename(folder.with_name("left"))
+    shutil.rmtree(folder)
+    folder.with_name("left").rename(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -123,6 +135,7 @@ def test_a_folder_without_splits_is_split(unsplit: Path, caplog) -> None:
         (lambda folder: (shutil.rmtree(folder), folder.write_text("a file")), "must be a folder of images"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "no "),
         (lambda folder: (folder / "validation").mkdir(), "the split 'train'"),
+        (leave_one_class, "holds images, but no folders of classes"),
     ],
 )
 def test_what_is_no_folder_of_pictures(change, said: str, unsplit: Path, tmp_path: Path, capsys) -> None:
@@ -153,6 +166,7 @@ def test_the_card_and_configuration_of_a_run_are_true(unsplit: Path, tmp_path: P
     arguments = [*MODEL, "--data-dir", unsplit, "--global-batch", 4, "--epochs", 1]
     assert main(*arguments, "--crop-pct", 1, "--output", first) == 0
     card = (first / "fused" / "README.md").read_text()
+    assert f'create_model("local-dir:{first}/fused"' in card
     assert "**Licence:** not stated" in card and "unsplit" in card and "**Started from:** not recorded" in card
     cfg = timm.create_model(f"local-dir:{first}/fused", pretrained=True).pretrained_cfg
     assert (cfg["crop_pct"], cfg["input_size"], cfg.get("test_input_size")) == (1.0, (3, 32, 32), None)

@@ -180,7 +180,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="mrconvnext_tiny", help="name of a model of timm (default: %(default)s)")
     add("--model-kwargs", nargs="*", default={}, action=KeyValue, metavar="NAME=VALUE", help="its arguments")
     add("--pretrained", action="store_true", help="start from published weights (default: from random ones)")
-    add("--finetune", type=Path, metavar="FILE", help="start from a file's weights: ours or a ConvNeXt's")
+    add(
+        "--finetune",
+        type=Path,
+        metavar="FILE",
+        help="start from a file's weights: the model's, or for ours a ConvNeXt's",
+    )
+    keep = "leave a file's kernels as many pixels long as they are, whatever the size of the images (default: as long "
+    keep += "as before relative to them)"
+    add("--keep-kernels", action="store_true", help=keep)
     add("--freeze", nargs="*", default=[], metavar="MODULE", help="modules that are not trained: stem, stages.0, …")
     add("--drop-path", type=fraction, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
     add("--ls-init", type=number, help="initial value of the layer scales (default: 1e-6)")

@@ -87,6 +87,8 @@ def open_data(args: argparse.Namespace) -> Data:
     for name in names:
         if not name.isprintable():  # as what is not text becomes on its way from the disk
             raise UserError(f"the name of the class {name!a} in --data-dir {args.data_dir} is not text")
+    if names == [""]:  # as timm calls images that lie in no folder of a class
+        raise UserError(f"--data-dir {args.data_dir} holds images, but no folders of classes")
     if len(names) < 2:
         raise UserError(f"--data-dir {args.data_dir} has one class only: {names[0]}")
     if args.num_classes not in (None, len(names)):
@@ -105,7 +107,8 @@ def open_dataset(args: argparse.Namespace, train: bool) -> Any:
         return Digits(train)
     if name == "":
         if folder is None or not folder.is_dir():
-            raise UserError(f"--data-dir must be a folder of images, got {folder}")
+            missing = "" if folder is None or folder.exists() else ", which does not exist"
+            raise UserError(f"--data-dir must be a folder of images, got {folder}{missing}")
         if any(has_split(folder, own) for own in (args.train_split, args.val_split)):
             return class_folders(folder, split)
         return part_of(class_folders(folder), args.seed, train)

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze
@@ -12,7 +13,7 @@ from torch import nn
 
 from mrconvnext import MRConvNeXt
 from mrconvnext.convert import options_of_file
-from mrconvnext.hub import check_name
+from mrconvnext.hub import HTTP_ERROR, check_name
 
 from .errors import UserError
 
@@ -20,12 +21,22 @@ from .errors import UserError
 DROP_PATH = {"tiny": 0.1, "small": 0.4, "base": 0.5, "large": 0.5, "huge": 0.5}
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Raises a UserError if timm knows no model of the name that the arguments of a run give."""
+    try:
+        check_name(args.model)
+    except ValueError as error:
+        raise UserError(f"--model {error}") from error
+
+
 def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """Returns the model that the arguments of a run describe, its frozen modules frozen.
 
     Raises:
-        UserError: If there is no such model, or it can't have these options, weights or frozen modules.
+        UserError: If there is no such model, or it can't have these options, weights or frozen modules, or its
+            weights can't be had.
     """
+    check_model(args)
     options = {
         "num_classes": classes,
         "drop_path_rate": drop_path_rate(args),
@@ -34,16 +45,30 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     }
     if args.sync_norm:
         options |= {"branch_norm": "parseval", "sync_norm": True}
+    is_ours = timm.models.is_model_in_modules(args.model, ["mrconvnext"])
+    sizes = [args.img_size]
     try:
-        check_name(args.model)
         if args.finetune:
             found = options_of_file(args.finetune, timm.get_pretrained_cfg_value(args.model, "classifier"))
-            options["pretrained_cfg_overlay"] = {"file": str(args.finetune), "num_classes": found.pop("num_classes")}
+            file_classes, file_size = found.pop("num_classes"), found.pop("img_size", None)
+            options["pretrained_cfg_overlay"] = {"file": str(args.finetune), "num_classes": file_classes}
             options = {**found, **options}
-        if args.img_size and timm.models.is_model_in_modules(args.model, ["mrconvnext"]):
-            options.setdefault("img_size", args.img_size)
+            sizes.insert(0 if args.keep_kernels else 1, file_size)
+            if not is_ours:  # of which timm takes any file whose classes are others, whether or not it fits
+                options["num_classes"] = file_classes
+        if is_ours and any(sizes):
+            options.setdefault("img_size", next(filter(None, sizes)))
         model: Any = timm.create_model(args.model, pretrained=args.pretrained or args.finetune is not None, **options)
+        if model.num_classes != classes:
+            model.reset_classifier(num_classes=classes)
         model.set_grad_checkpointing(enable=args.grad_checkpointing)
+    except (HTTP_ERROR, LocalEntryNotFoundError) as error:
+        source = timm.get_pretrained_cfg_value(args.model, "hf_hub_id")
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--pretrained: the weights of {args.model} can't be had from {source} on the Hub ({reason:.200}): give a "
+            "file that holds them as --finetune FILE, or leave --pretrained out to start from random ones"
+        ) from error
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise UserError(" ".join(f"--model {args.model}: {error}".split())) from error
     modules = dict(model.named_modules())
@@ -92,6 +117,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     options: dict[str, Any] = {"lr": learning_rate(args), "weight_decay": args.weight_decay}
     if args.opt_betas:
         options["betas"] = tuple(args.opt_betas)
+    if args.opt == "adamw":
+        options["fused"] = True  # all parameters of a group in one launch
     try:
         return create_optimizer_v2(split, opt=args.opt, **options)
     except (AssertionError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from .datasets import open_data
 from .errors import UserError
 from .evaluation import evaluate
 from .loaders import make_loaders
-from .model import data_config, learning_rate, make_model
+from .model import check_model, data_config, learning_rate, make_model
 from .output import Summary, check_output, check_same
 from .precision import Precision
 from .processes import Processes
@@ -62,6 +62,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, processes: Processes, stop: Optional[threading.Event] = None) -> None:
         self.args, self.processes, self.stop = args, processes, stop or threading.Event()
+        check_model(args)
         data = open_data(args)
         settle(args, data)
         check_output(args)
