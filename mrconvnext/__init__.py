@@ -1,7 +1,7 @@
 """MRConvNeXt for timm: ConvNeXt with global multi-resolution convolutions. Importing it registers the models."""
 
 from .engines import engine
-from .global_kernels import resample, with_global_kernels
+from .global_kernels import reparameterize, resample, with_global_kernels
 from .hub import push_to_hub, save
 from .longconv import long_conv, long_conv_reference
 from .mrconv import MRConv1d, MRConv2d
@@ -16,6 +16,7 @@ __all__ = [
     "long_conv",
     "long_conv_reference",
     "push_to_hub",
+    "reparameterize",
     "resample",
     "save",
     "with_global_kernels",

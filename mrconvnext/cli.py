@@ -326,7 +326,9 @@ def info(args: argparse.Namespace) -> int:
 def describe(layer: MRConv2d) -> str:
     """Returns what a layer's kernels are, in words."""
     height, width = layer.reference_grid
-    grid = f"grid {height}×{width}, guard {layer.guard}"
+    grid = f"grid {height}×{width}, guard {layer.guard}" + (
+        f", kernels made for {layer.made_for[0]}×{layer.made_for[1]}" if layer.is_resampled else ""
+    )
     if layer.kernel is not None:
         return f"{layer.channels} channels, {grid}, one kernel of {layer.kernel.shape[1]} lags"
     options = layer.options

@@ -147,24 +147,28 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     grids = {}
     for name, layer in model.named_modules():
         found = state_dict.get(f"{name}.grid") if isinstance(layer, MRConv2d) else None
-        if found is None or found.is_meta or found.numel() != 3 or found[2] != layer.guard:
-            continue  # of a convolution, or damaged, or of other taps, which the layer refuses
-        grid = (int(found[0]), int(found[1]))
+        if found is None or found.is_meta or found.shape != (3,):
+            continue  # of a convolution, or damaged, which the layer refuses
+        height, width, guard = found.tolist()
+        taps = state_dict.get(f"{name}.local_taps", state_dict.get(f"{name}.weight"))
+        if layer.kernel_size != (0 if taps is None else taps.shape[-1]):
+            continue  # of other taps, or deployed by version 0.1, which the layer refuses
+        made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
+        if made_for != layer.made_for:
+            layer.make_for(made_for)
+        moved.pop(f"{name}.kernel_grid", None)
+        if layer.is_resampled:
+            moved[f"{name}.kernel_grid"] = torch.tensor(made_for)
+        own = (*layer.reference_grid, layer.guard)
+        if own == (height, width, guard):
+            continue
+        moved[f"{name}.grid"] = torch.tensor(own)
+        grids[f"{height}×{width}"] = f"{own[0]}×{own[1]}"
         kernel = state_dict.get(f"{name}.kernel")
-        if kernel is None:
-            made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
-            if made_for != layer.made_for:
-                layer.make_for(made_for)
-            if layer.is_resampled:
-                moved[f"{name}.kernel_grid"] = torch.tensor(made_for)
-            else:
-                moved.pop(f"{name}.kernel_grid", None)
-        elif grid != layer.reference_grid and kernel.shape[-1] == 2 * grid[0] * (grid[1] + layer.guard) - 1:
-            bidirectional = layer.options.bidirectional
-            moved[f"{name}.kernel"] = resample_deployed(kernel, grid, layer.reference_grid, layer.guard, bidirectional)
-        if grid != layer.reference_grid:
-            grids[f"{grid[0]}×{grid[1]}"] = "×".join(map(str, layer.reference_grid))
-            moved[f"{name}.grid"] = torch.tensor([*layer.reference_grid, layer.guard])
+        if kernel is not None and kernel.shape == (layer.channels, 2 * height * (width + guard) - 1):
+            of_taps = (taps, layer.dilation)
+            grids_of = ((height, width, guard), own)
+            moved[f"{name}.kernel"] = resample_deployed(kernel, *of_taps, *grids_of, layer.options.bidirectional)
     if grids:
         moves = ", ".join(f"{old} to {new}" for old, new in grids.items())
         _logger.info(f"Kernels were made for other grids, and now span the same share of the image: {moves}")
@@ -196,7 +200,7 @@ def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor
     else:
         zeros = torch.zeros_like(layer.kernel)
         taps = add_local_taps(zeros, weight.to(zeros), layer.dilation, layer.row_stride)
-        own |= {"kernel": taps, "bias": torch.zeros_like(layer.bias)}
+        own |= {"kernel": taps, "bias": torch.zeros_like(layer.bias), "local_taps": weight.to(zeros)}
     return own if bias is None else {**own, "bias": bias}
 
 

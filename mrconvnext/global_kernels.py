@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 from .compat import has_hooks
 from .convert import taps_alone
+from .layer import LongConvolution
 from .mrconv import MRConv2d
 from .options import check_positive
 
@@ -30,7 +31,7 @@ def with_global_kernels(
     """Returns a copy of a network in which depthwise convolutions are `MRConv2d` layers with their weights and α = 0.
 
     The copy computes what the network computes, at every image size; training opens the kernels: α moves in the first
-    step, the kernels from the second on. ``timm.utils.reparameterize_model(copy)`` deploys it.
+    step, the kernels from the second on. `reparameterize` deploys it.
 
     Taken are depthwise convolutions k×k, k odd and at least 3, of stride 1, whose output has the size of their input by
     zero padding. Which are taken, and which are not and why, is logged. Weights that were saved of such a copy load
@@ -50,7 +51,7 @@ def with_global_kernels(
     copied = copy.deepcopy(model)
     reasons = _why_left(copied, filter_fn)
     maps = _map_sizes(copied, [name for name, reason in reasons.items() if not reason], img_size)
-    taken = []
+    taken: list[str] = []
     for name, reason in reasons.items():
         if not reason and name not in maps:
             reasons[name] = "no image passes it in evaluation"
@@ -92,6 +93,17 @@ def resample(model: nn.Module, img_size: Union[int, tuple[int, int]]) -> nn.Modu
         layer = layers[name]
         layer.set_grid(holding_taps(size, layer.kernel_size, layer.dilation))
     return copied
+
+
+def reparameterize(model: nn.Module) -> nn.Module:
+    """Folds every layer of any network into one kernel and one bias, in place, and returns the network. Idempotent.
+
+    ``timm.utils.reparameterize_model`` does so on a copy, and folds what blocks of timm's fold themselves as well.
+    """
+    for layer in list(model.modules()):
+        if isinstance(layer, LongConvolution):
+            layer.reparameterize()
+    return model
 
 
 def layer_like(conv: nn.Conv2d, grid: tuple[int, int], **options: Any) -> MRConv2d:
@@ -191,10 +203,10 @@ def _map_sizes(model: nn.Module, names: list[str], img_size: Union[int, tuple[in
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts a module in the place of another one, wherever a model has it."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, name, new)
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
 
 
 def _in_words(reasons: dict[str, str]) -> str:

@@ -49,14 +49,14 @@ class LongConvolution(Entries, OnGrid, nn.Module):
     sparse lags. None of them is a buffer, which averages of weights or casts could change.
 
     In the deployed form ``alpha`` is empty: it has no branches. So nobody who assigns weights by their names, whatever
-    the form, can take the weights of one form for those of the other.
+    the form, can take the weights of one form for those of the other. ``local_taps`` are those in the kernel, kept for
+    `set_grid`.
 
     Args:
         channels: Number of channels C.
         grid: Height and width of the reference grid.
         made_for: Height and width of the grid that the branches' kernels are parameterized for; on any other grid they
             are resampled, see `resampling`. Default: ``grid``.
-        guard: Columns of zeros between rows.
         kernel_size: Size k of the local taps, odd; 0 for none.
         dilation: Distance of the local taps in pixels.
         bias: Whether there is a bias.
@@ -70,7 +70,6 @@ class LongConvolution(Entries, OnGrid, nn.Module):
 
     merges: torch.jit.Final[bool]
     norm_is_linear: torch.jit.Final[bool]
-    is_resampled: torch.jit.Final[bool]
     exportable: torch.jit.Final[bool]
 
     def __init__(
@@ -78,7 +77,6 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         channels: int,
         grid: tuple[int, int],
         made_for: Optional[tuple[int, int]],
-        guard: int,
         kernel_size: int,
         dilation: int,
         bias: bool,
@@ -94,7 +92,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.channels = channels
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.guard = guard
+        self.taps = dilation * (kernel_size // 2)
         self.options = options
         self.made_for = grid if made_for is None else made_for
         self._take_grid(grid)
@@ -119,7 +117,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         dd = {"device": device, "dtype": dtype}
         channels, branches, options = self.channels, len(self.branch_lengths), self.options
         alpha = 1 / branches if options.alpha_init is None else options.alpha_init
-        self.drop("alpha", "kernel", "weight", "bias")
+        self.drop("alpha", "kernel", "weight", "bias", "local_taps")
         self.register_parameter("kernel", None)
         self.register_parameter("weight", None)
         if self.kernel_size > 0:
@@ -139,14 +137,15 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         )
         self.norm = create_norm(options.branch_norm, branches, channels, sync=options.sync_norm, **dd)
 
-    def build_deployed(self, kernel: Tensor, bias: Tensor) -> None:
-        """Gives the layer its deployed form."""
+    def build_deployed(self, kernel: Tensor, bias: Tensor, local_taps: Optional[Tensor]) -> None:
+        """Gives the layer its deployed form. The local taps in the kernel are kept for `set_grid` alone."""
         requires_grad = any(parameter.requires_grad for parameter in self.parameters())
-        self.drop("alpha", "kernel", "weight", "bias", "kernels", "norm")
+        self.drop("alpha", "kernel", "weight", "bias", "local_taps", "kernels", "norm")
         self.kernel = nn.Parameter(kernel, requires_grad)
         self.register_parameter("weight", None)
         self.bias = nn.Parameter(bias, requires_grad)
         self.register_buffer("alpha", kernel.new_empty((0, self.channels)))
+        self.register_buffer("local_taps", local_taps)
 
     def drop(self, *names: str) -> None:
         for name in names:
@@ -180,7 +179,8 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         if layer.merges:
             kernel, bias = layer._merge(layer.alpha.new_empty((1, 1, *self.reference_grid)))
         else:
-            norm, alpha = layer.norm, layer.alpha
+            norm: Any = layer.norm
+            alpha = layer.alpha
             gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
             kernel = layer._on_grid(merge_kernels(layer.kernels(), alpha * gain.view(alpha.shape)))
             kernel, bias = layer._complete(kernel, shift.view(alpha.shape))
@@ -195,7 +195,8 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         """
         if self.kernel is None:
             check_parameters(self)
-            self.build_deployed(*self.merged_kernel())
+            taps = None if self.weight is None else self.weight.detach().clone()
+            self.build_deployed(*self.merged_kernel(), taps)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Returns the layer's output for images (B, C, H, W)."""

@@ -14,9 +14,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from .compat import note_input_size
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .engines.block import use_fused_blocks
-from .global_kernels import holding_taps, why_not
+from .global_kernels import holding_taps, reparameterize, why_not
 from .mrconv import MRConv2d, check_input
 from .options import BranchOptions
 from .state import check_numbers
@@ -195,6 +196,7 @@ class MRConvNeXt(ConvNeXt):
                 layer.set_grid(holding_taps(size, layer.kernel_size, layer.dilation))
         self.model_args["img_size"] = sides
         self.note_kernels()
+        note_input_size(self, sides)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -213,9 +215,7 @@ class MRConvNeXt(ConvNeXt):
         The same as ``timm.utils.reparameterize_model(model, inplace=True)``. Optimizers made before hold parameters
         that the model no longer has.
         """
-        for layer in self.modules():
-            if isinstance(layer, MRConv2d):
-                layer.reparameterize()
+        reparameterize(self)
         return self
 
 

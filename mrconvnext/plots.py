@@ -58,7 +58,7 @@ def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> Non
         axes[0].set_title("branches", fontsize="small")
     _plot_sequence(axes[sequences - 1], merged[channel], color="black")
     axes[sequences - 1].set_title("merged kernel", fontsize="small")
-    _plot_image(axes[sequences], merged[channel], layer, "merged", beyond=layer.guard)
+    _plot_image(axes[sequences], merged[channel], layer, "merged", beyond=layer.taps)
     for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
         _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")
 

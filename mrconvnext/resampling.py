@@ -1,60 +1,44 @@
 """Kernels that follow the image to another grid, so that they span the same share of it.
 
-A two-sided kernel says what a pixel makes of another one by their lag, hence by their distance (dr, dc): its map of
-distances (2·H − 1, 2·W − 1). On a grid (H', W') a weight at (dr, dc) belongs at (ρ·dr, ρ'·dc), ρ = H' / H and
-ρ' = W' / W, which lies between pixels, and stands for ρ·ρ' as many of them. So each weight is spread over the distances
-around, by a triangle in rows and one in columns as wide as the pixels are apart, ρ or 1 whichever is more: linear
-interpolation where the grid grows, and shares of the nearest where it shrinks. Shares add up to 1: a kernel keeps its
-sum, the gain of what is smooth.
+A kernel says what a pixel makes of another one by their lag, hence by their distance (dr, dc): its map of distances
+(2·H − 1, 2·W − 1). On a grid (H', W') what stood at (dr, dc) belongs at (ρ·dr, ρ'·dc), ρ = H' / H and ρ' = W' / W.
+Where this lies between pixels it is shared among the nearest, two in rows and two in columns, as linear interpolation
+of the image would have it; shares add up to 1. So a kernel makes of a smooth image what it made of it at the other
+size, whatever its parameterization; where ρ is whole, of the pixels of the smaller grid exactly that.
+
+On its own grid two distances have one lag, (dr, dc) and (dr + 1, dc − stride). On another one they part, by ρ − 1 rows.
+So a kernel that was moved has W' − 1 guard columns, with which all distances have lags of their own.
 """
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .constants import constant, shape_of
+from .grid import add_local_taps
 from .options import BranchOptions, branch_lengths, sides_of
 from .precision import product
 
 
 def shares(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns what each distance on a side of ``old`` pixels gives those of ``new``, (2·new − 1, 2·old − 1)."""
-    scale = new / old
     before = torch.arange(-(old - 1), old, device=device, dtype=torch.float64)
     after = torch.arange(-(new - 1), new, device=device, dtype=torch.float64)
-    triangles = (1 - (after[:, None] - scale * before).abs() / max(1.0, scale)).clamp(min=0)
-    return (triangles / triangles.sum(0)).to(dtype)
+    nearest = (1 - (after[:, None] - new / old * before).abs()).clamp(min=0)
+    return (nearest / nearest.sum(0)).to(dtype)
 
 
-def pair_shares(height: int, width: int, guard: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns of the pairs of pixels at the lag of each distance the share at this distance, (2·H − 1, 2·W − 1).
-
-    A lag is that of two distances at most, (dr, dc) and (dr + 1, dc − stride), whose shares add up to 1.
-    """
-    rows = torch.arange(-(height - 1), height, device=device, dtype=torch.float64)[:, None]
-    columns = torch.arange(-(width - 1), width, device=device, dtype=torch.float64)
-
-    def pairs(rows: Tensor, columns: Tensor) -> Tensor:
-        return (height - rows.abs()).clamp(min=0) * (width - columns.abs()).clamp(min=0)
-
-    stride = width + guard
-    here = pairs(rows, columns)
-    other = torch.where(columns > 0, pairs(rows + 1, columns - stride), pairs(rows - 1, columns + stride))
-    return (here / (here + other)).to(dtype)
-
-
-def behind(height: int, width: int, guard: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns 1 at the distances of a lag from 0 on, else 0, (2·H − 1, 2·W − 1)."""
+def behind(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns 1 at the distances of a pixel that comes later in reading order, or is the same, (2·H − 1, 2·W − 1)."""
     rows = torch.arange(-(height - 1), height, device=device)[:, None]
     columns = torch.arange(-(width - 1), width, device=device)
-    return (rows * (width + guard) + columns >= 0).to(dtype)
+    return ((rows > 0) | (rows == 0) & (columns >= 0)).to(dtype)
 
 
 _shares = constant(shares)
 _behind = constant(behind)
-_pair_shares = constant(pair_shares)
 
 
 def to_distances(kernel: Tensor, grid: tuple[int, int], guard: int) -> Tensor:
@@ -66,66 +50,79 @@ def to_distances(kernel: Tensor, grid: tuple[int, int], guard: int) -> Tensor:
 
 
 def from_distances(maps: Tensor, guard: int) -> Tensor:
-    """Returns the two-sided kernel (…, 2·H·(W + guard) − 1) with the sum of what stands at a lag's distances."""
-    width = maps.shape[-1] // 2 + 1
+    """Returns the two-sided kernel (…, 2·H·(W + guard) − 1) with these weights at its distances.
+
+    Where two distances have one lag, which is where ``guard`` is less than W − 1, it has the weight of fewer columns.
+    """
+    height, width = maps.shape[-2] // 2 + 1, maps.shape[-1] // 2 + 1
     stride = width + guard
-    rows = F.pad(maps, (guard + 1, guard, 1, 1))  # (…, 2·H + 1, 2·stride): columns −stride … stride − 1
+    own = maps * _own_lags(height, width, guard, maps.dtype, maps.device)
+    rows = F.pad(own, (guard + 1, guard, 1, 1))  # (…, 2·H + 1, 2·stride): columns −stride … stride − 1
     lags = rows[..., :-1, stride:] + rows[..., 1:, :stride]  # (…, 2·H, stride): from lag −H·stride
     return lags.flatten(-2)[..., 1:]
 
 
+def own_lags(height: int, width: int, guard: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns 1 at the distances whose weights their lags have, else 0, (2·H − 1, 2·W − 1)."""
+    rows = torch.arange(-(height - 1), height, device=device)[:, None]
+    columns = torch.arange(-(width - 1), width, device=device)
+    before = (width + guard) // 2
+    near = (columns >= -before) & (columns < width + guard - before)
+    # The other distance of such a lag lies beyond the last row.
+    alone = (rows == height - 1) & (columns > 0) | (rows == 1 - height) & (columns < 0)
+    return (near | alone).to(dtype)
+
+
+_own_lags = constant(own_lags)
+
+
 def resample_kernel(
-    kernel: Tensor, old: tuple[int, int], new: tuple[int, int], guard: int, bidirectional: bool
+    kernel: Tensor, old: tuple[int, int, int], new: tuple[int, int, int], bidirectional: bool
 ) -> Tensor:
-    """Returns a two-sided kernel (…, 2·M − 1), made for a grid (H, W), for another one: (…, 2·H'·(W' + guard) − 1).
+    """Returns a two-sided kernel (…, 2·M − 1), made for a grid, for another one: (…, 2·H'·(W' + guard') − 1).
 
     Args:
         kernel: The kernel, or kernels.
-        old: Height and width of the grid that it was made for.
+        old: Height, width and guard of the grid that it was made for.
         new: Those of the other grid.
-        guard: Columns of zeros between rows, on both.
-        bidirectional: Whether it may reach ahead; of others no weight goes to a lag below zero.
+        bidirectional: Whether it may reach ahead; of others no weight goes to a pixel ahead.
     """
     dd = (kernel.dtype, kernel.device)
-    maps = to_distances(kernel, old, guard).flatten(0, -3)  # (K, 2·H − 1, 2·W − 1)
+    maps = to_distances(kernel, old[:2], old[2]).flatten(0, -3)  # (K, 2·H − 1, 2·W − 1)
     over_rows, over_columns = _shares(old[0], new[0], *dd), _shares(old[1], new[1], *dd)
-    places = _pair_shares(*new, guard, *dd)
     if not bidirectional:
-        behind = _behind(*new, guard, *dd)
-        kept = over_rows.t() @ behind @ over_columns  # of each weight the share that has a place
-        maps, places = maps / kept.clamp(min=torch.finfo(kernel.dtype).tiny), places * behind
+        own = _behind(*new[:2], *dd)
+        kept = over_rows.t() @ own @ over_columns  # of each weight the share that has a place
+        maps = maps / torch.where(kept > 0, kept, 1)
     count = len(maps)
     maps = product(product(over_rows.expand(count, -1, -1), maps), over_columns.t().expand(count, -1, -1))
-    return from_distances(maps * places, guard).unflatten(0, kernel.shape[:-1])
+    if not bidirectional:
+        maps = maps * own
+    return from_distances(maps, new[2]).unflatten(0, kernel.shape[:-1])
 
 
 def resample_deployed(
-    kernel: Tensor, old: tuple[int, int], new: tuple[int, int], guard: int, bidirectional: bool
+    kernel: Tensor,
+    local_taps: Optional[Tensor],
+    dilation: int,
+    old: tuple[int, int, int],
+    new: tuple[int, int, int],
+    bidirectional: bool,
 ) -> Tensor:
-    """Returns a deployed layer's kernel (C, 2·M − 1), local taps in it, for another grid; see `resample_kernel`.
+    """Returns a deployed layer's kernel (C, 2·M − 1) for another grid; see `resample_kernel`.
 
-    The taps keep their distances. What the branches add to them is not known any more, and taken to be what the kernel
-    is around them, the mean of each direction.
+    Args:
+        kernel: The kernel.
+        local_taps: Local taps (C, 1, k, k) that are in it, if there are any: they keep their distances.
+        dilation: Distance of the taps in pixels.
+        old: See `resample_kernel`, as for the arguments below.
+        new: The other grid.
+        bidirectional: Whether the branches reach ahead.
     """
-    if guard == 0:
-        return resample_kernel(kernel, old, new, guard, bidirectional)
-    at, around = _positions(guard, old, guard, kernel.device), _positions(guard + 1, old, guard, kernel.device)
-    reach = kernel.shape[-1] // 2
-    ring = around[(around.abs() <= reach) & ~torch.isin(around, at)]
-    before, after = (kernel[:, reach + own].sum(1) / max(1, len(own)) for own in (ring[ring < 0], ring[ring > 0]))
-    global_part = kernel.clone()
-    for own, value in ((at[at < 0], before), (at[at > 0], after), (at[at == 0], before + after)):
-        global_part[:, reach + own] = value[:, None]
-    taps = (kernel - global_part)[:, reach + at]
-    resampled = resample_kernel(global_part, old, new, guard, bidirectional)
-    places = _positions(guard, new, guard, kernel.device)
-    return resampled.index_add(1, resampled.shape[-1] // 2 + places, taps)
-
-
-def _positions(reach: int, grid: tuple[int, int], guard: int, device: torch.device) -> Tensor:
-    """Returns the lags of all distances of at most ``reach`` rows and columns."""
-    side = torch.arange(-reach, reach + 1, device=device)
-    return (side[:, None] * (grid[1] + guard) + side).flatten()
+    if local_taps is None:
+        return resample_kernel(kernel, old, new, bidirectional)
+    branches = add_local_taps(kernel, -local_taps, dilation, old[1] + old[2])
+    return add_local_taps(resample_kernel(branches, old, new, bidirectional), local_taps, dilation, new[1] + new[2])
 
 
 def grid_for(grid: Union[int, tuple[int, int]], guard: int) -> tuple[int, int]:
@@ -143,10 +140,16 @@ def grid_for(grid: Union[int, tuple[int, int]], guard: int) -> tuple[int, int]:
 class OnGrid:
     """A layer's reference grid, and the grid that its branches' kernels are parameterized for."""
 
+    __constants__ = ("is_resampled",)  # of TorchScript
+
     if TYPE_CHECKING:  # of the layer
-        guard: int
+        taps: int
         options: BranchOptions
         build_branches: Any
+        build_deployed: Any
+        bias: Any
+        local_taps: Any
+        dilation: int
         kernel: Any
         alpha: Any
         train: Any
@@ -156,42 +159,61 @@ class OnGrid:
         """Moves the kernels to another reference grid, where they span the same share of the image, in place.
 
         Local taps stay as they are. In training form no parameter changes: kernels stay parameterized for the grid that
-        they were made for. A deployed kernel is replaced, and what of it are taps can only be estimated; see
-        `resample_deployed`.
+        they were made for. A deployed kernel is replaced, and comes back as it was but for rounding.
 
         Args:
             grid: Height and width of the reference grid.
 
         Raises:
-            ValueError: If the grid is too small for the local taps.
+            ValueError: If the grid is too small for the local taps, or these are not known.
         """
-        sides = grid_for(grid, self.guard)
-        if self.kernel is not None and sides != self.reference_grid:
-            kernel = self.kernel.detach()
-            kernel = resample_deployed(kernel, self.reference_grid, sides, self.guard, self.options.bidirectional)
-            self.kernel = nn.Parameter(kernel, self.kernel.requires_grad)
-        self._take_grid(sides)
+        sides = grid_for(grid, self.taps)
+        if self.kernel is None:
+            self._take_grid(sides)
+        elif sides != self.reference_grid:
+            self._move_deployed(sides)
+
+    def _move_deployed(self, grid: tuple[int, int]) -> None:
+        if self.local_taps is not None and self.local_taps.isnan().any():
+            raise ValueError(
+                "the layer was deployed by version 0.1, which did not keep the local taps that are in its kernel: move "
+                "its training form, and deploy that"
+            )
+        old = (*self.reference_grid, self.guard)
+        self._take_grid(grid)
+        new = (*self.reference_grid, self.guard)
+        of_taps = (self.local_taps, self.dilation)
+        kernel = resample_deployed(self.kernel.detach(), *of_taps, old, new, self.options.bidirectional)
+        self.kernel = nn.Parameter(kernel, self.kernel.requires_grad)
 
     def make_for(self, grid: tuple[int, int]) -> None:
-        """Gives the branches new kernels that are parameterized for a grid, in place; the reference grid stays."""
+        """Gives the layer new kernels that are parameterized for a grid, in place; the reference grid stays.
+
+        Those of the training form are as they start; a deployed layer's is zero.
+        """
         self.made_for, self.branch_lengths = grid, self._lengths_for(grid)
         self._take_grid(self.reference_grid)
-        if self.kernel is None:
-            requires_grad = self.alpha.requires_grad
-            self.build_branches(self.alpha.device, self.alpha.dtype)
-            self.train(self.training).requires_grad_(requires_grad)
+        if self.kernel is not None:
+            lags = 2 * self.reference_grid[0] * self.row_stride - 1
+            self.build_deployed(self.kernel.new_zeros((len(self.kernel), lags)), self.bias.detach(), self.local_taps)
+            return
+        requires_grad = self.alpha.requires_grad
+        self.build_branches(self.alpha.device, self.alpha.dtype)
+        self.train(self.training).requires_grad_(requires_grad)
 
     def _lengths_for(self, grid: tuple[int, int]) -> list[int]:
-        return branch_lengths(grid[0] * (grid[1] + self.guard), self.options.min_length, self.options.max_branches)
+        return branch_lengths(grid[0] * (grid[1] + self.taps), self.options.min_length, self.options.max_branches)
 
     def _take_grid(self, grid: tuple[int, int]) -> None:
         self.reference_grid = grid
-        self.row_stride = grid[1] + self.guard
         self.is_resampled = grid != self.made_for
+        self.guard = max(self.taps, grid[1] - 1) if self.is_resampled else self.taps
+        self.row_stride = grid[1] + self.guard
 
     def _on_grid(self, kernels: Tensor) -> Tensor:
         """Returns kernels (…, 2·M − 1) as parameterized for the reference grid."""
-        if self.is_resampled:
-            return resample_kernel(kernels, self.made_for, self.reference_grid, self.guard, self.options.bidirectional)
-        # or TorchScript would read on
-        return kernels
+        moved = kernels
+        if self.is_resampled:  # and not at once returned otherwise, or TorchScript would read on
+            old, new = (*self.made_for, self.taps), (*self.reference_grid, self.guard)
+            moved = resample_kernel(kernels, old, new, self.options.bidirectional)
+        return moved

@@ -3,7 +3,7 @@
 These are hooks of `layer.LongConvolution`, which is what ``layer`` stands for.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils import parametrize, prune
@@ -22,6 +22,10 @@ OF_LAYER = ("alpha", "kernel", "weight", "bias")
 
 class Entries:
     """What stands in a layer's state dict beside its weights, for those who read and assign it by name."""
+
+    if TYPE_CHECKING:  # of the layer
+        made_for: tuple[int, int]
+        branch_lengths: list[int]
 
     __jit_unused_properties__ = ["format", "grid", "kernel_grid", "lengths"]
 
@@ -60,16 +64,15 @@ def write_reference(layer: Any, state_dict: dict[str, Any], prefix: str, local_m
 def entries(layer: Any) -> dict[str, list[int]]:
     """Returns what stands in a layer's state dict beside its weights.
 
-    ``format``: the format's number, and 1 if the layer is deployed; ``grid``: height, width, guard; in training form
-    ``lengths``: those of the branches, and ``kernel_grid``: the grid that they are parameterized for, if it is another.
+    ``format``: the format's number, and 1 if the layer is deployed; ``grid``: height, width, guard; ``kernel_grid``:
+    height and width of the grid that the branches are or were parameterized for, if it is another; in training form
+    ``lengths``: those of the branches.
     """
     deployed = layer.kernel is not None
     own = {"format": [FORMAT, int(deployed)], "grid": [*layer.reference_grid, layer.guard]}
-    if deployed:
-        return own
     if layer.is_resampled:
         own["kernel_grid"] = list(layer.made_for)
-    return {**own, "lengths": layer.branch_lengths}
+    return own if deployed else {**own, "lengths": layer.branch_lengths}
 
 
 def check_entry(layer: Any, name: str, given: torch.Tensor) -> None:
@@ -98,16 +101,20 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
     if prefix + "kernel" in state_dict:
         state_dict.setdefault(prefix + "alpha", layer.alpha.new_empty((0, layer.channels)))
         if layer.kernel is None:
-            kernel = layer.alpha.new_zeros(state_dict[prefix + "kernel"].shape)
-            layer.build_deployed(kernel, layer.alpha.new_zeros(layer.channels))
+            zeros = layer.alpha.new_zeros
+            taps = None if layer.weight is None else torch.zeros_like(layer.weight)
+            layer.build_deployed(zeros(state_dict[prefix + "kernel"].shape), zeros(layer.channels), taps)
+        if layer.local_taps is not None:  # version 0.1 did not keep them
+            state_dict.setdefault(prefix + "local_taps", torch.full_like(layer.local_taps, float("nan")))
     elif layer.kernel is None:
         _check_lags(layer, state_dict, prefix)
         if _is_of_a_convolution(layer, state_dict, prefix):
             # Its function, not that plus branches that it never had.
             state_dict[prefix + "alpha"] = torch.zeros_like(layer.alpha)
     elif any(name.startswith(prefix) for name in state_dict):
-        deployed, requires_grad = (layer.kernel.detach(), layer.bias.detach()), layer.kernel.requires_grad
-        layer.drop("alpha", "kernel", "bias")
+        deployed = (layer.kernel.detach(), layer.bias.detach(), layer.local_taps)
+        requires_grad = layer.kernel.requires_grad
+        layer.drop("alpha", "kernel", "bias", "local_taps")
         layer.build_branches(deployed[0].device, deployed[0].dtype)
         layer.train(layer.training).requires_grad_(requires_grad)
         try:
@@ -164,9 +171,10 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
         )
     own = {"format": [FORMAT], "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
     found = {name: state_dict[prefix + name] for name in ENTRIES if prefix + name in state_dict}
-    if "grid" in found and "lengths" in found:  # the training form
+    if "grid" in found:
         own["kernel_grid"] = list(layer.made_for)
-        found.setdefault("kernel_grid", found["grid"][:2])
+        found.setdefault("kernel_grid", found["grid"].flatten()[:2])
+    own = dict(sorted(own.items()))  # what they were made for before what follows from it
     for name, value in own.items():
         given = found.get(name)
         if given is not None and not given.is_meta and _differs(name, given, value):

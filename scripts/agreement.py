@@ -10,6 +10,7 @@ less than 99 %. On a GPU where there is one.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -35,7 +36,8 @@ def main() -> int:
     images = class_folders(args.photos)
     samples = Samples(images, create_transform(**resolve_data_config(model=model)), seed=0, train=False)
     every = max(1, len(images) // args.count)
-    chosen = Subset(samples, [(0, index) for index in range(0, len(images), every)][: args.count])
+    keys: Any = [(0, index) for index in range(0, len(images), every)][: args.count]
+    chosen = Subset(samples, keys)
     same = right = right_halved = 0
     for batch in DataLoader(chosen, batch_size=50):
         x, target = batch.image.to(device), batch.target.to(device)

@@ -61,7 +61,6 @@ def test_arguments_out_of_range(options: list, capsys) -> None:
         (["--finetune", "list.pth"], ["list.pth"]),
         (["--finetune", "number.pth"], ["number.pth"]),
         (["--finetune", "resnet.safetensors"], ["ConvNeXt"]),
-        (["--finetune", "resnet.safetensors", "--model", "mobilenetv2_035"], ["mobilenetv2_035", "Missing key"]),
         (["--evaluate"], ["best.safetensors"]),
         (["--dataset", "foo/bar"], ["--dataset", "foo/bar"]),
     ],
@@ -77,6 +76,17 @@ def test_bad_arguments_leave_no_trace(options: list, words: list[str], tmp_path:
     assert error.startswith("train_imagenet.py: ") and error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_network_are_refused_whatever_their_classes(tmp_path: Path) -> None:
+    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "resnet.safetensors")
+    mobile = timm.create_model("mobilenetv2_035", num_classes=7)
+    save_file(mobile.state_dict(), tmp_path / "mobile.safetensors")
+    arguments = ["--model", "mobilenetv2_035", "--output", "x", "--finetune"]
+    with pytest.raises(UserError, match="Missing key"):
+        make_model(parse_args([*arguments, str(tmp_path / "resnet.safetensors")]), classes=5)
+    made = make_model(parse_args([*arguments, str(tmp_path / "mobile.safetensors")]), classes=5)
+    assert torch.equal(made.conv_stem.weight, mobile.conv_stem.weight) and made.num_classes == 5
 
 
 def test_a_batch_that_can_not_be_split_over_processes() -> None:

@@ -181,7 +181,10 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["info", "hf-hub:no/body"], ["no/body", "Repository Not Found"]),
         (["info", "weights.pth"], ["weights.pth", "--model"]),
         (["info", "weights.pth", "--model", "mrconvnext_tiny"], ["stages.0.blocks.0.conv_dw.alpha", "(4, 96)"]),
-        (["fuse", "weights.pth", "out", "--model", "mrconvnext_atto", *OPTIONS, "img_size=96"], ["grid", "img_size"]),
+        (
+            ["fuse", "weights.pth", "out", "--model", "mrconvnext_atto", *OPTIONS, "kernel_sizes=5"],
+            ["grid", "kernel_sizes"],
+        ),
         (["fuse", "saved", "out", "--images", "empty"], ["--images empty"]),
         (["fuse", "saved", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),

@@ -187,17 +187,14 @@ def test_damaged_images_name_their_file(tmp_path: Path) -> None:
 
 def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
     own = rows.all_rows()
+    varied = ("model", "model_kwargs", "output", "keep_kernels", "given")
     assert len({row.identifier for row in own}) == len(own)
     for group in {row.group for row in own} - {"changes"}:
         recipes, shapes = set(), set()
         for row in own:
             if row.group == group:
                 args = vars(row.arguments)
-                recipes.add(
-                    str(
-                        {name: value for name, value in args.items() if name not in ("model", "model_kwargs", "output")}
-                    )
-                )
+                recipes.add(str({name: value for name, value in args.items() if name not in varied}))
                 shapes.add(str([args["model_kwargs"][name] for name in ("depths", "dims", "patch_size")]))
         assert len(recipes) == len(shapes) == 1, group
     assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == {0, 1, 2}

@@ -314,7 +314,6 @@ def test_files_with_code_are_refused(hub: Hub, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"img_size": 96}, ["grid", "img_size"]),
         ({"kernel_sizes": 5}, ["grid", "kernel_sizes"]),
         ({"dims": (16, 24, 32, 40)}, ["40"]),
     ],

@@ -192,7 +192,7 @@ def test_deployed_checkpoint_is_convnexts_keys_and_one_kernel_a_layer() -> None:
     convnext = timm.create_model("convnext_atto", **{k: v for k, v in SMALL.items() if k != "img_size"}).state_dict()
     layers = {name.removesuffix("weight") for name in convnext if name.endswith("conv_dw.weight")}
     expected = {name for name in convnext if not name.endswith("conv_dw.weight")}
-    expected |= {layer + name for layer in layers for name in ("kernel", "alpha", "grid", "format")}
+    expected |= {layer + name for layer in layers for name in ("kernel", "alpha", "local_taps", "grid", "format")}
     assert deployed == expected
 
 

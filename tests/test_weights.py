@@ -257,6 +257,8 @@ def test_the_first_versions_weights() -> None:
     for target in (fresh_layer(), fresh_layer(deployed=True)):
         target.load_state_dict(state)
         assert torch.equal(target.kernel, deployed.kernel)
+        with pytest.raises(ValueError, match="local taps"):
+            target.set_grid((20, 20))
 
 
 def test_the_first_versions_model_is_refused() -> None:
