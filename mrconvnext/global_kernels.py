@@ -49,7 +49,7 @@ def with_global_kernels(
         ValueError: If an option is outside its range, or no convolution can be taken.
     """
     copied = copy.deepcopy(model)
-    reasons = _why_left(copied, filter_fn)
+    reasons = depthwise_layers(copied, filter_fn)
     maps = _map_sizes(copied, [name for name, reason in reasons.items() if not reason], img_size)
     taken: list[str] = []
     for name, reason in reasons.items():
@@ -152,6 +152,13 @@ def why_not(conv: nn.Conv2d) -> str:
     return ""
 
 
+def _folds_itself(module: nn.Module) -> bool:
+    """Returns whether a block would fold its convolutions and norms into one: whether it can, and has norms left."""
+    if isinstance(module, LongConvolution) or not any(hasattr(module, method) for method in FOLDING):
+        return False
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels
 
@@ -161,12 +168,12 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
     return type(conv) is Conv2dSame or conv.padding in ("same", same)
 
 
-def _why_left(model: nn.Module, filter_fn: Optional[Callable[[str], bool]]) -> dict[str, str]:
+def depthwise_layers(model: nn.Module, filter_fn: Optional[Callable[[str], bool]] = None) -> dict[str, str]:
     """Returns the names of a model's depthwise convolutions, with why they are left; nothing for those to take."""
     reasons = {}
     folding: list[str] = []
     for name, module in model.named_modules():
-        if name and any(hasattr(module, method) for method in FOLDING) and not isinstance(module, MRConv2d):
+        if name and _folds_itself(module):
             folding.append(f"{name}.")
         if isinstance(module, nn.Conv2d) and module.groups > 1 and _is_depthwise(module):
             reason = "kernel 1×1" if module.kernel_size == (1, 1) else why_not(module)

@@ -29,7 +29,7 @@ FAMILIES = {
     "edgenext_xx_small": 15,
     "convformer_s18": 18,
     "mambaout_femto": 18,
-    "fastvit_t8": 10,
+    "fastvit_t8": 20,
     "repvit_m0_9": 23,
     "hgnetv2_b0": 9,
 }

@@ -87,8 +87,9 @@ class Trainer:
         self.model, self.args, self.processes, self.precision = model, args, processes, precision
         self.accumulation = loaders.accumulation
         self.optimizer = make_optimizer(model, args)
+        of_one_layer = argparse.Namespace(**{**vars(args), "layer_decay": None})
         try:
-            checkpoints.check_resumable(lambda module: make_optimizer(module, args))
+            checkpoints.check_resumable(lambda module: make_optimizer(module, of_one_layer))
         except ValueError as error:
             raise UserError(f"--opt {args.opt}: {error}") from error
         self.scheduler, _ = create_scheduler_v2(
