@@ -2,6 +2,9 @@
 
 import copy
 import math
+import resource
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +239,25 @@ def test_deployed_kernels_move_as_branches_do(kernel: str, bidirectional: bool, 
     deployed.set_grid((20, 24))
     deployed.set_grid((10, 12))
     torch.testing.assert_close(deployed(x), fused, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_many_sizes_in_one_process(training: bool) -> None:
+    """Multi-scale training: what is kept of sizes is bounded, and so is the time of a size, whether new or not."""
+    model = small_model().train(training)
+
+    def take(sizes: range) -> tuple[float, float]:
+        seconds = []
+        for i in sizes:
+            x = torch.randn(2, 3, 32 + i, 32 + i * 7 % 300)
+            start = time.perf_counter()
+            model(x).square().sum().backward()
+            seconds.append((time.perf_counter() - start) / x[0, 0].numel())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, statistics.median(seconds)
+
+    take(range(0, 300, 15))  # what the largest need, and what is made once
+    memory, pace = take(range(40))
+    later_memory, later_pace = take(range(40, 300))
+    assert later_memory < memory + 150
+    assert later_pace < 2 * pace
