@@ -217,6 +217,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         [name for name in a if name not in b and not name.startswith(free)]
         for a, b in ((own, state_dict), (state_dict, own))
     )
+    missing = [name for name in missing if not name.endswith(".local_taps")]  # which version 0.1 did not keep
     of_any_shape = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
     reshaped = [
         f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"

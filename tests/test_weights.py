@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import timm
 import torch
-from helpers import SMALL, assert_agree, each_engine, each_form, images, layers_of, model_in, randomize, relative_error
+from helpers import (
+    SMALL,
+    assert_agree,
+    each_engine,
+    each_form,
+    images,
+    layers_of,
+    model_in,
+    randomize,
+    relative_error,
+    small_model,
+)
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -259,6 +270,14 @@ def test_the_first_versions_weights() -> None:
         assert torch.equal(target.kernel, deployed.kernel)
         with pytest.raises(ValueError, match="local taps"):
             target.set_grid((20, 20))
+
+
+def test_a_model_deployed_without_its_taps_loads() -> None:
+    model = small_model().reparameterize()
+    old = {name: x for name, x in model.state_dict().items() if not name.endswith("local_taps")}
+    overlay = dict(state_dict=old, num_classes=10)
+    again = timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL).eval()
+    assert torch.equal(again(images()), model(images()))
 
 
 def test_the_first_versions_model_is_refused() -> None:
