@@ -88,9 +88,11 @@ def train_and_publish(run: Run) -> int:
 def result_of(run: Run) -> str:
     """Returns how a run ended, where it all lies and how to use it."""
     output, rows = run.args.output, run.progress.rows
-    top1 = [max(row[name] for name in ("top1", "ema_top1") if name in row) for row in rows]
-    best = max(range(len(rows)), key=top1.__getitem__)
-    lines = [f"the best of {len(rows)} epochs is {best}, with {top1[best]:.2f} % right of the images held out"]
+    best = best_epoch(rows)
+    lines = [
+        f"the best of {len(rows)} epochs is epoch {best}, counted from 0, with {run.progress.best:.2f} % right of the "
+        f"{run.images[1]} images held out"
+    ]
     if isinstance(run.model, MRConvNeXt):
         lines += [
             f"{output} holds it, ready to use, as trained/ and deployed as fused/:",
@@ -98,7 +100,15 @@ def result_of(run: Run) -> str:
             f'    model = timm.create_model("local-dir:{output / "fused"}", pretrained=True).eval()',
             "    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",
         ]
+    else:
+        lines.append(f"{output / checkpoints.BEST} holds its weights")
     return "\n".join(lines)
+
+
+def best_epoch(rows: list[dict[str, float]]) -> int:
+    """Returns the number of the epoch with the highest accuracy, counted from 0."""
+    top1 = [max(row[name] for name in ("top1", "ema_top1") if name in row) for row in rows]
+    return max(range(len(rows)), key=top1.__getitem__)
 
 
 def publish(run: Run) -> None:
@@ -111,8 +121,13 @@ def publish(run: Run) -> None:
     model.load_state_dict(weights)
     of_others = dict.fromkeys(("tag", "license", "test_input_size", "test_crop_pct"))
     model.pretrained_cfg = {**model.pretrained_cfg, **of_others, **run.data_config, "label_names": run.class_names}
-    images = f"{run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
-    metrics = {f"Top-1 (%), {images}": round(run.progress.best, 2), "Epochs": len(run.progress.rows)}
+    images = f"{run.images[1]} {run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
+    model.started_from = model.started_from or "random weights"
+    best, epochs = best_epoch(run.progress.rows), len(run.progress.rows)
+    metrics = {
+        f"Top-1 (%), {images}": round(run.progress.best, 2),
+        "Epochs": f"{epochs}, these weights after {best + 1}",
+    }
     for form, fused in (("trained", False), ("fused", True)):
         folder = run.args.output / form
         with whole_folder(folder, PUBLISHED) as own:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import mrconvnext
 
 SIDE, LARGER = 128, 192
+PICTURES = 400
 
 
 class Backbone(nn.Module):
@@ -46,7 +47,7 @@ def main() -> None:
         max_size=LARGER,
         anchor_generator=AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),)),
     )
-    train(model, scenes(SIDE, 800, seed=0))
+    train(model, scenes(SIDE, PICTURES, seed=0))
     print(f"{SIDE} px: {overlap(model, SIDE):.2f}")
     model.transform.min_size = (LARGER,)
     print(f"{LARGER} px, kernels as they are: {overlap(model, LARGER):.2f}")

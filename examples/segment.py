@@ -15,6 +15,7 @@ from tqdm import tqdm
 import mrconvnext
 
 SIDE, LARGER = 96, 160
+PICTURES = 640
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     model = smp.Unet(
         "tu-mrconvnext_atto", encoder_weights=None, encoder_depth=4, decoder_channels=(128, 64, 32, 16), **options
     )
-    train(model, scenes(SIDE, 1500, seed=0))
+    train(model, scenes(SIDE, PICTURES, seed=0))
     print(f"{SIDE} px: {overlap(model, SIDE):.2f}")
     print(f"{LARGER} px, kernels as they are: {overlap(model, LARGER):.2f}")
     moved = mrconvnext.resample(model, LARGER)

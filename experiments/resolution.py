@@ -4,7 +4,9 @@
     python -m experiments.resolution --output results --document docs/resolution.md
 
 Evaluates the weights of the first command without training, at all sizes, and writes OUTPUT/resolution.csv; then the
-table of the document that stands between the lines ``<!-- resolution -->`` and ``<!-- end -->``.
+tables of the document that stand between the lines ``<!-- resolution -->`` or ``<!-- drawings -->`` and ``<!-- end
+-->``. The latter are of the groups "pathfinder 48, from 32" and "pathfinder 48, resampled"; where there are weights of
+these, what their stages see goes to resolution-drawings.png beside the document.
 """
 
 import argparse
@@ -20,13 +22,15 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from experiments.report import accuracies_of, load, read_lines, spread
+from experiments.report import BEST, accuracies_of, first_rows, held_out, load, read_lines, spread
 from experiments.rows import GOING_ON, LARGER_SIDES, before_resolution_row, resolution_rows
 from experiments.run import commit, environment, now
+from mrconvnext.plots import plot_receptive_fields
 
 SIDES = (32, *LARGER_SIDES)
 COLUMNS = ("kernels", "img_size", "tuned", "seed", "top1", "hardware", "torch", "timm", "python", "commit", "date")
-TABLE = re.compile(r"<!-- resolution -->.*?<!-- end -->", re.DOTALL)
+DRAWINGS = {"kept kernels": "pathfinder 48, from 32", "resampled kernels": "pathfinder 48, resampled"}
+ON_DRAWINGS = "local taps, kernel"
 
 
 def main() -> int:
@@ -42,8 +46,17 @@ def main() -> int:
         writer.writeheader()
         origin = {**environment(), "commit": commit(), "date": now()}
         writer.writerows({**line, **origin} for line in lines)
-    document = args.document.read_text()
-    args.document.write_text(TABLE.sub(f"<!-- resolution -->\n{table(lines)}\n<!-- end -->", document))
+    text = args.document.read_text()
+    for name, own in (("resolution", table(lines)), ("drawings", drawings_table(args.output))):
+        text = re.sub(
+            rf"<!-- {name} -->.*?<!-- end -->", f"<!-- {name} -->\n{own}\n<!-- end -->", text, flags=re.DOTALL
+        )
+    args.document.write_text(text)
+    rows = {name: first_rows()[group, ON_DRAWINGS] for name, group in DRAWINGS.items()}
+    if all((args.output / "runs" / row.identifier / BEST).is_file() for row in rows.values()):
+        models = {name: load(row, args.output) for name, row in rows.items()}
+        images = held_out(args.output / "data" / "pathfinder-48", 48)
+        plot_receptive_fields(models, images).savefig(args.document.with_name("resolution-drawings.png"), dpi=110)
     return 0
 
 
@@ -91,6 +104,16 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells.append(spread([float(x["top1"]) for x in own], ".2f"))
         rows.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def drawings_table(output: Path) -> str:
+    """Returns the accuracy of models that went on from drawings of 32 px to those of 48, by what became of kernels."""
+    accuracies = accuracies_of(read_lines(output / "results.csv"))
+    rows = ["| top-1, %, drawings of 48 px | seeds | one pass after 32 px |", "| --- | --- | --- |"]
+    for name, group in DRAWINGS.items():
+        own = list(accuracies[group, ON_DRAWINGS].values())
+        rows.append(f"| {name} | {len(own)} | {spread(own, '.2f')} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

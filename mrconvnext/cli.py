@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,7 @@ from .hub import (
 from .mrconv import MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
 from .training.arguments import natural, positive
-from .training.datasets import class_folders, classes_of, has_split
+from .training.datasets import class_folders, classes_of, has_split, with_classes
 from .training.errors import UserError
 from .training.evaluation import evaluate as evaluated
 from .training.loaders import EvalBatches
@@ -50,6 +51,7 @@ MRConvNeXt whose branches have α = 0.
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which says of each try that it failed
     parser = make_parser()
     try:
         args = parser.parse_args(arguments)
@@ -240,7 +242,7 @@ def classify(args: argparse.Namespace) -> int:
     names = model.pretrained_cfg.get("label_names") or [f"class {i}" for i in range(model.num_classes)]
     folders = [file for file in args.images if file.is_dir()]
     if folders:
-        raise ValueError(f"{folders[0]} is a folder: give files, such as {folders[0]}/*")
+        raise ValueError(f"{folders[0]} is a folder: give files")
     for file in args.images:
         shares, classes = model(as_taken(model, file)[None]).softmax(-1)[0].topk(min(args.top, model.num_classes))
         found = ", ".join(f"{names[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), classes.tolist()))
@@ -250,10 +252,11 @@ def classify(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     model = load(args)
-    dataset = class_folders(args.data_dir, args.split if has_split(args.data_dir, args.split) else "")
+    if not args.data_dir.is_dir():
+        raise ValueError(f"--data-dir {args.data_dir} is not a folder")
+    split = args.split if has_split(args.data_dir, args.split) else ""
+    dataset = with_classes(class_folders(args.data_dir, split), args.data_dir)
     names, known = classes_of(dataset), model.pretrained_cfg.get("label_names")
-    if names == [""]:
-        raise ValueError(f"--data-dir {args.data_dir} holds images, but no folders of classes")
     if names is None or len(names) != model.num_classes or (known and list(known) != names):
         raise ValueError(
             f"--data-dir {args.data_dir} has the classes {', '.join(names or ['none'])}, and the model "

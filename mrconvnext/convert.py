@@ -59,6 +59,8 @@ def options_of_file(file: Path, classifier: Optional[str] = None) -> dict[str, A
     Raises:
         ValueError: If it is missing or damaged, holds more than tensors, or is no checkpoint.
     """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: give a file of weights, such as {file / 'model.safetensors'}")
     if not file.is_file():
         raise ValueError(f"{file} is not a file")
     try:
@@ -96,7 +98,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         try:
             state_dict = convnext.checkpoint_filter_fn(state_dict, model)
         except (AttributeError, KeyError, RuntimeError) as error:
-            raise RuntimeError(f"these are not the weights of a ConvNeXt like this model: {error!r}") from error
+            raise RuntimeError(f"these are not the weights of a ConvNeXt like this model ({error})") from error
         state_dict = with_branches(state_dict, model)
     state_dict = on_grids_of(model, state_dict)
     _check_fit(state_dict, model)
@@ -151,7 +153,7 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue  # of a convolution, or damaged, which the layer refuses
         height, width, guard = found.tolist()
         taps = state_dict.get(f"{name}.local_taps", state_dict.get(f"{name}.weight"))
-        if layer.kernel_size != (0 if taps is None else taps.shape[-1]):
+        if layer.kernel_size != (0 if taps is None else taps.shape[-1]) or guard not in (layer.taps, width - 1):
             continue  # of other taps, or deployed by version 0.1, which the layer refuses
         made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
         if made_for != layer.made_for:

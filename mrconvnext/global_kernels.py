@@ -50,7 +50,9 @@ def with_global_kernels(
     """
     copied = copy.deepcopy(model)
     reasons = depthwise_layers(copied, filter_fn)
-    maps = _map_sizes(copied, [name for name, reason in reasons.items() if not reason], img_size)
+    free = [name for name, reason in reasons.items() if not reason]
+    maps = _map_sizes(copied, free, img_size) if free else {}
+    converted = sum(isinstance(module, MRConv2d) for module in copied.modules())  # whose seeds come first
     taken: list[str] = []
     for name, reason in reasons.items():
         if not reason and name not in maps:
@@ -58,11 +60,12 @@ def with_global_kernels(
         elif not reason:
             conv: Any = copied.get_submodule(name)
             grid = holding_taps(maps[name], conv.kernel_size[0], conv.dilation[0])
-            _replace(copied, conv, layer_like(conv, grid, seed=len(taken), **options))
+            _replace(copied, conv, layer_like(conv, grid, seed=converted + len(taken), **options))
             taken.append(name)
     left = {name: reason for name, reason in reasons.items() if reason}
     if not taken:
-        raise ValueError(f"model has no depthwise convolution that can be taken: {_in_words(left) or 'none at all'}")
+        found = _in_words(left) or (f"{converted} are MRConv2d already" if converted else "none at all")
+        raise ValueError(f"model has no depthwise convolution that can be taken: {found}")
     _logger.info(f"took {len(taken)} depthwise convolutions: {', '.join(taken)}")
     if left:
         _logger.info(f"left {len(left)}: {_in_words(left)}")
@@ -92,6 +95,9 @@ def resample(model: nn.Module, img_size: Union[int, tuple[int, int]]) -> nn.Modu
     for name, size in _map_sizes(copied, list(layers), img_size).items():
         layer = layers[name]
         layer.set_grid(holding_taps(size, layer.kernel_size, layer.dilation))
+    for module in copied.modules():
+        if hasattr(module, "note_kernels"):  # an MRConvNeXt in it
+            module.note_kernels()
     return copied
 
 
@@ -175,7 +181,7 @@ def depthwise_layers(model: nn.Module, filter_fn: Optional[Callable[[str], bool]
     for name, module in model.named_modules():
         if name and _folds_itself(module):
             folding.append(f"{name}.")
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and _is_depthwise(module):
+        if name and isinstance(module, nn.Conv2d) and module.groups > 1 and _is_depthwise(module):
             reason = "kernel 1×1" if module.kernel_size == (1, 1) else why_not(module)
             if not reason and name.startswith(tuple(folding)):
                 reason = "part of a block that folds it: give timm.utils.reparameterize_model(model)"
@@ -200,7 +206,9 @@ def _map_sizes(model: nn.Module, names: list[str], img_size: Union[int, tuple[in
     for name in names:
         conv = twin.get_submodule(name)
         conv.register_forward_pre_hook(lambda module, args, name=name: keep(name, args[0]))
-    first = next(module for module in twin.modules() if isinstance(module, nn.Conv2d))
+    first = next((module for module in twin.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError("model has no Conv2d whose channels an image must have: move its layers by their set_grid")
     try:
         twin(first.weight.new_zeros(1, first.in_channels, *sides))
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -94,6 +94,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.dilation = dilation
         self.taps = dilation * (kernel_size // 2)
         self.options = options
+        self.bidirectional = options.bidirectional
         self.made_for = grid if made_for is None else made_for
         self._take_grid(grid)
         self.branch_lengths = self._lengths_for(self.made_for)

@@ -167,10 +167,14 @@ class MRConvNeXt(ConvNeXt):
 
     @torch.jit.ignore
     def note_kernels(self) -> None:
-        """Has the arguments that make the model again say what its kernels are parameterized for."""
+        """Has the arguments that make the model again say what its kernels are made and parameterized for."""
         feature_info: Any = self.feature_info
         layer, reduction = self.stages[0].blocks[0].conv_dw, feature_info[0]["reduction"]
         self.model_args.pop("kernel_img_size", None)
+        sides = self.model_args["img_size"]
+        if holding_taps(reduced(sides, reduction), layer.kernel_size, layer.dilation) != layer.reference_grid:
+            self.model_args["img_size"] = (reduction * layer.reference_grid[0], reduction * layer.reference_grid[1])
+            note_input_size(self, self.model_args["img_size"])
         if layer.made_for != layer.reference_grid:
             self.model_args["kernel_img_size"] = (reduction * layer.made_for[0], reduction * layer.made_for[1])
 

@@ -55,10 +55,12 @@ def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> Non
         for kernel, length in reversed(list(zip(kernels, layer.branch_lengths))):
             _plot_sequence(axes[0], kernel, label=f"{length}")
         axes[0].legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
-        axes[0].set_title("branches", fontsize="small")
+        axes[0].set_title("branches, before norm and α", fontsize="small")
     _plot_sequence(axes[sequences - 1], merged[channel], color="black")
     axes[sequences - 1].set_title("merged kernel", fontsize="small")
-    _plot_image(axes[sequences], merged[channel], layer, "merged", beyond=layer.taps)
+    _plot_image(
+        axes[sequences], merged[channel], layer, "merged, colours of what\nlies beyond the taps", beyond=layer.taps
+    )
     for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
         _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")
 
@@ -81,7 +83,8 @@ def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str, beyond: i
     extent = (left, left + columns, bottom, -bottom)
     style: Any = {"vmin": -limit, "vmax": limit, "aspect": "equal", "interpolation": "nearest"}
     picture = ax.imshow(image.numpy(), cmap="RdBu", extent=extent, **style)
-    bar = ax.figure.colorbar(picture, ax=ax, ticks=[-limit, 0, limit], format="%.1g", shrink=0.8)
+    clipped = "both" if image.abs().max() > limit else "neither"
+    bar = ax.figure.colorbar(picture, ax=ax, ticks=[-limit, 0, limit], format="%.2g", shrink=0.8, extend=clipped)
     bar.ax.tick_params(labelsize="xx-small")
     ax.set_title(title, fontsize="small")
     ax.set_xlabel("columns", fontsize="small")
@@ -149,7 +152,7 @@ def plot_receptive_fields(models: dict[str, Any], images: Tensor) -> Figure:
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}, stage {stage + 1}", fontsize="x-small")
     bar = figure.colorbar(picture, ax=axes, ticks=[-4, -2, 0], format=lambda power, _: f"$10^{{{power:.0f}}}$")
-    bar.set_label("gradient, of its largest", fontsize="x-small")
+    bar.set_label("size of the gradient, over the largest", fontsize="x-small")
     return figure
 
 

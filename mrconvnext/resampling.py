@@ -10,6 +10,8 @@ On its own grid two distances have one lag, (dr, dc) and (dr + 1, dc − stride)
 So a kernel that was moved has W' − 1 guard columns, with which all distances have lags of their own.
 """
 
+import functools
+import logging
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
@@ -20,6 +22,8 @@ from .constants import constant, shape_of
 from .grid import add_local_taps
 from .options import BranchOptions, branch_lengths, sides_of
 from .precision import product
+
+_logger = logging.getLogger(__name__)
 
 
 def shares(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -56,8 +60,11 @@ def from_distances(maps: Tensor, guard: int) -> Tensor:
     """
     height, width = maps.shape[-2] // 2 + 1, maps.shape[-1] // 2 + 1
     stride = width + guard
-    own = maps * _own_lags(height, width, guard, maps.dtype, maps.device)
-    rows = F.pad(own, (guard + 1, guard, 1, 1))  # (…, 2·H + 1, 2·stride): columns −stride … stride − 1
+    if torch.jit.is_scripting():
+        own = own_lags(height, width, guard, maps.dtype, maps.device)
+    else:
+        own = _own_lags(height, width, guard, maps.dtype, maps.device)
+    rows = F.pad(maps * own, (guard + 1, guard, 1, 1))  # (…, 2·H + 1, 2·stride): columns −stride … stride − 1
     lags = rows[..., :-1, stride:] + rows[..., 1:, :stride]  # (…, 2·H, stride): from lag −H·stride
     return lags.flatten(-2)[..., 1:]
 
@@ -76,6 +83,7 @@ def own_lags(height: int, width: int, guard: int, dtype: torch.dtype, device: to
 _own_lags = constant(own_lags)
 
 
+@torch.fx.wrap
 def resample_kernel(
     kernel: Tensor, old: tuple[int, int, int], new: tuple[int, int, int], bidirectional: bool
 ) -> Tensor:
@@ -87,18 +95,22 @@ def resample_kernel(
         new: Those of the other grid.
         bidirectional: Whether it may reach ahead; of others no weight goes to a pixel ahead.
     """
-    dd = (kernel.dtype, kernel.device)
-    maps = to_distances(kernel, old[:2], old[2]).flatten(0, -3)  # (K, 2·H − 1, 2·W − 1)
-    over_rows, over_columns = _shares(old[0], new[0], *dd), _shares(old[1], new[1], *dd)
+    maps = to_distances(kernel, (old[0], old[1]), old[2]).flatten(0, -3)  # (K, 2·H − 1, 2·W − 1)
+    dtype, device = kernel.dtype, kernel.device
+    if torch.jit.is_scripting():
+        over_rows, over_columns = shares(old[0], new[0], dtype, device), shares(old[1], new[1], dtype, device)
+        places = behind(new[0], new[1], dtype, device)
+    else:
+        over_rows, over_columns = _shares(old[0], new[0], dtype, device), _shares(old[1], new[1], dtype, device)
+        places = _behind(new[0], new[1], dtype, device)
     if not bidirectional:
-        own = _behind(*new[:2], *dd)
-        kept = over_rows.t() @ own @ over_columns  # of each weight the share that has a place
-        maps = maps / torch.where(kept > 0, kept, 1)
-    count = len(maps)
-    maps = product(product(over_rows.expand(count, -1, -1), maps), over_columns.t().expand(count, -1, -1))
+        kept = over_rows.t() @ places @ over_columns  # of each weight the share that has a place
+        maps = maps / torch.where(kept > 0, kept, torch.ones_like(kept))
+    over_rows, over_columns = over_rows.expand(len(maps), -1, -1), over_columns.t().expand(len(maps), -1, -1)
+    maps = product(product(over_rows, maps), over_columns)
     if not bidirectional:
-        maps = maps * own
-    return from_distances(maps, new[2]).unflatten(0, kernel.shape[:-1])
+        maps = maps * places
+    return from_distances(maps, new[2]).view(shape_of(kernel)[:-1] + [-1])
 
 
 def resample_deployed(
@@ -122,7 +134,18 @@ def resample_deployed(
     if local_taps is None:
         return resample_kernel(kernel, old, new, bidirectional)
     branches = add_local_taps(kernel, -local_taps, dilation, old[1] + old[2])
+    reach = kernel.shape[-1] // 2
+    if not (bidirectional or kernel.is_meta) and (branches[:, :reach].abs() > 1e-4 * kernel.abs().max()).any():
+        raise RuntimeError("the kernel reaches ahead, which that of a layer with bidirectional=False does not")
     return add_local_taps(resample_kernel(branches, old, new, bidirectional), local_taps, dilation, new[1] + new[2])
+
+
+@functools.cache
+def say_that_moves_add_up() -> None:
+    _logger.warning(
+        "a deployed kernel that was moved to another grid before is moved again, which loses unless by whole factors: "
+        "better move the training form, or the deployed one as it was first"
+    )
 
 
 def grid_for(grid: Union[int, tuple[int, int]], guard: int) -> tuple[int, int]:
@@ -144,6 +167,7 @@ class OnGrid:
 
     if TYPE_CHECKING:  # of the layer
         taps: int
+        bidirectional: bool
         options: BranchOptions
         build_branches: Any
         build_deployed: Any
@@ -159,7 +183,9 @@ class OnGrid:
         """Moves the kernels to another reference grid, where they span the same share of the image, in place.
 
         Local taps stay as they are. In training form no parameter changes: kernels stay parameterized for the grid that
-        they were made for. A deployed kernel is replaced, and comes back as it was but for rounding.
+        they were made for. A deployed kernel is replaced: moved once it is what the branches would merge to, but moved
+        again it is interpolated again, and not what it was unless by whole factors. Move the training form, or the
+        original, where there is one.
 
         Args:
             grid: Height and width of the reference grid.
@@ -174,16 +200,18 @@ class OnGrid:
             self._move_deployed(sides)
 
     def _move_deployed(self, grid: tuple[int, int]) -> None:
-        if self.local_taps is not None and self.local_taps.isnan().any():
+        if self.local_taps is not None and not self.local_taps.is_meta and self.local_taps.isnan().any():
             raise ValueError(
                 "the layer was deployed by version 0.1, which did not keep the local taps that are in its kernel: move "
                 "its training form, and deploy that"
             )
+        if self.is_resampled:
+            say_that_moves_add_up()
         old = (*self.reference_grid, self.guard)
         self._take_grid(grid)
         new = (*self.reference_grid, self.guard)
         of_taps = (self.local_taps, self.dilation)
-        kernel = resample_deployed(self.kernel.detach(), *of_taps, old, new, self.options.bidirectional)
+        kernel = resample_deployed(self.kernel.detach(), *of_taps, old, new, self.bidirectional)
         self.kernel = nn.Parameter(kernel, self.kernel.requires_grad)
 
     def make_for(self, grid: tuple[int, int]) -> None:
@@ -214,6 +242,7 @@ class OnGrid:
         """Returns kernels (…, 2·M − 1) as parameterized for the reference grid."""
         moved = kernels
         if self.is_resampled:  # and not at once returned otherwise, or TorchScript would read on
-            old, new = (*self.made_for, self.taps), (*self.reference_grid, self.guard)
-            moved = resample_kernel(kernels, old, new, self.options.bidirectional)
+            old = (self.made_for[0], self.made_for[1], self.taps)
+            new = (self.reference_grid[0], self.reference_grid[1], self.guard)
+            moved = resample_kernel(kernels, old, new, self.bidirectional)
         return moved

@@ -44,6 +44,17 @@ def test_arguments_out_of_range(options: list, capsys) -> None:
     assert options[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_errors_of_the_command_line_are_one_line_with_a_hint(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(*DIGITS, "--batchsize", 4)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--batchsize 4 (close are --batch-size" in error
+    for option in ("--evaluate", "--resume=auto"):
+        with pytest.raises(SystemExit, match="2"):
+            main("--output", "nothing", option)
+        assert "--output nothing does not hold a run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

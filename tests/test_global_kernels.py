@@ -173,6 +173,8 @@ def test_any_network_follows_its_images() -> None:
     ("change", "error", "words"),
     [
         (dict(model=nn.Sequential(nn.Conv2d(3, 3, 3))), ValueError, "none at all"),
+        (dict(model=nn.Conv2d(8, 8, 3, padding=1, groups=8)), ValueError, "none at all"),
+        (dict(model=nn.Sequential(MRConv2d(3, 8))), ValueError, "1 are MRConv2d already"),
         (dict(filter_fn=lambda name: False), ValueError, "filter_fn"),
         (dict(img_size=0), ValueError, "img_size"),
         (dict(img_size=2), ValueError, "img_size=2"),

@@ -18,7 +18,7 @@ import mrconvnext
 from mrconvnext import MRConv1d, MRConv2d, resample
 from mrconvnext.kernels import KERNELS
 from mrconvnext.norms import NORMS
-from mrconvnext.resampling import from_distances, resample_kernel, to_distances
+from mrconvnext.resampling import from_distances, resample_kernel, say_that_moves_add_up, to_distances
 
 
 def layer_of(**options: Any) -> MRConv2d:
@@ -261,3 +261,43 @@ def test_many_sizes_in_one_process(training: bool) -> None:
     later_memory, later_pace = take(range(40, 300))
     assert later_memory < memory + 150
     assert later_pace < 2 * pace
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_moved_models_are_scripted_and_traced(bidirectional: bool) -> None:
+    model = resample(small_model(bidirectional=bidirectional), 96)
+    x = torch.randn(1, 3, 96, 96)
+    for own in (torch.jit.script(model), torch.fx.symbolic_trace(model)):
+        torch.testing.assert_close(own(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_models_without_memory_move() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("mrconvnext_atto", inference_mode=True, **SMALL)
+    assert resample(model, 96).stages[0].blocks[0].conv_dw.reference_grid == (24, 24)
+
+
+def test_a_model_in_a_wrapper_moves_and_can_be_saved(tmp_path: Path) -> None:
+    moved: Any = resample(torch.nn.Sequential(small_model()), 128)
+    mrconvnext.save(moved[0], tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 128, 128)
+    torch.testing.assert_close(again(x), moved(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_kernel_that_reaches_ahead_is_no_causal_layers(tmp_path: Path) -> None:
+    mrconvnext.save(small_model(), tmp_path, fused=True)
+    with pytest.raises(RuntimeError, match="reaches ahead"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=96, bidirectional=False)
+
+
+def test_deployed_kernels_that_move_again_say_that_they_lose(caplog: pytest.LogCaptureFixture) -> None:
+    layer = layer_of()
+    layer.reparameterize()
+    say_that_moves_add_up.cache_clear()  # it is said once
+    layer.set_grid((15, 18))
+    assert not caplog.records
+    layer.set_grid((10, 12))
+    assert "moved again" in caplog.text

@@ -52,7 +52,7 @@ def test_all_processes_evaluate_what_is_saved(tmp_path: Path) -> None:
     options += ["--batch-size", 8, "--lr", 0.01]
     options += ["--model-ema-decay", 0.5, "--output", tmp_path / "run", "--epochs", 2]
     out = torchrun(tmp_path, *options, "--workers", 1)
-    assert "2 steps an epoch of 48 images: 2 processes × 3 batches of 8" in out
+    assert "2 steps an epoch of 48 images (processes: 2, batches of each: 3 of 8)" in out
     assert len(steps_of(out)) == 4 and len(rows(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "fused" / "model.safetensors").is_file()
     out = Process(tmp_path / "log", *options, "--evaluate").finish()

@@ -1,11 +1,13 @@
 """The command line of ``train_imagenet.py``."""
 
 import argparse
+import difflib
 import json
 import math
 import os
+import re
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NoReturn, Optional, Union
 
 import torch
 import yaml
@@ -90,6 +92,24 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and name options that are close to one that there is not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2 after saying why."""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns the arguments, as ``ArgumentParser`` does."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = re.findall(r"--[\w-]+", self.format_usage())
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=2, cutoff=0.6)
+            hint = f" (close are {', '.join(close)})" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+
 class KeyValue(ParseKwargs):
     """Reads NAME=VALUE and rejects anything else."""
 
@@ -116,7 +136,7 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     Raises:
         SystemExit: If the command line is invalid, after printing why.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_model_arguments(parser)
     add_optimization_arguments(parser)
@@ -129,6 +149,8 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     parser.set_defaults(**of_run)
     args = parser.parse_args(argv)
     args.given = given(parser, argv) | set(of_run)
+    if (args.resume or args.evaluate) and not (of_run or args.data_dir or args.dataset):
+        parser.error(f"--output {args.output} does not hold a run")
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:

@@ -87,10 +87,8 @@ def open_data(args: argparse.Namespace) -> Data:
     for name in names:
         if not name.isprintable():  # as what is not text becomes on its way from the disk
             raise UserError(f"the name of the class {name!a} in --data-dir {args.data_dir} is not text")
-    if names == [""]:  # as timm calls images that lie in no folder of a class
-        raise UserError(f"--data-dir {args.data_dir} holds images, but no folders of classes")
     if len(names) < 2:
-        raise UserError(f"--data-dir {args.data_dir} has one class only: {names[0]}")
+        raise UserError(f"--data-dir {args.data_dir} has one class only, {names[0]}: two or more are needed")
     if args.num_classes not in (None, len(names)):
         raise UserError(f"--num-classes {args.num_classes} and the data's {len(names)} classes disagree")
     return Data(train, validation, len(names), names)
@@ -111,7 +109,7 @@ def open_dataset(args: argparse.Namespace, train: bool) -> Any:
             raise UserError(f"--data-dir must be a folder of images, got {folder}{missing}")
         if any(has_split(folder, own) for own in (args.train_split, args.val_split)):
             return class_folders(folder, split)
-        return part_of(class_folders(folder), args.seed, train)
+        return part_of(with_classes(class_folders(folder), folder), args.seed, train)
     if name.partition("/")[0] not in KINDS:
         raise UserError(f"--dataset must be digits or {', '.join(f'{kind}/…' for kind in KINDS)}, got {name}")
     options: dict[str, Any] = {"root": folder and str(folder), "split": split, "download": args.dataset_download}
@@ -134,6 +132,19 @@ def class_folders(folder: Path, split: str = "") -> ImageDataset:
         return create_dataset("", root=str(tar if tar.is_file() else folder), split=split)
 
 
+def with_classes(dataset: ImageDataset, folder: Path) -> ImageDataset:
+    """Returns a data set of class folders.
+
+    Raises:
+        UserError: If its images lie in no folders of classes, which timm takes for one class without a name.
+    """
+    if classes_of(dataset) == [""]:
+        raise UserError(
+            f"--data-dir {folder} holds images, but no folders of classes, such as {folder / 'cat'}, {folder / 'dog'}"
+        )
+    return dataset
+
+
 def has_split(folder: Path, split: str) -> bool:
     """Returns whether a folder has a folder or a tar file for a split, by any name that timm has for it."""
     names = next((names for names in SYNONYMS if split in names), (split,))
@@ -151,6 +162,9 @@ def part_of(dataset: ImageDataset, seed: int, train: bool) -> ImageDataset:
         held_out = -(-len(samples) // HELD_OUT) if len(samples) > 1 else 0
         own += samples[held_out:] if train else samples[:held_out]
     if train:
+        alone = sum(len(samples) == 1 for samples in classes.values())
+        if alone:
+            _logger.warning(f"{alone} of the classes have one image, of which none is held out")
         _logger.info(f"no splits among the class folders: a fifth of each class is held out, drawn by --seed {seed}")
     dataset.reader.samples = sorted(own)
     return dataset
@@ -161,7 +175,8 @@ def _no_images_said(folder: Optional[Path], split: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
-        raise UserError(f"no {split} images in --data-dir {folder}: {error}") from error
+        missing = "" if folder is None or folder.exists() else "which does not exist, "
+        raise UserError(f"no {split or 'such'} images in --data-dir {folder}: {missing}{error}") from error
 
 
 def classes_of(dataset: Any) -> Optional[list[str]]:

@@ -46,6 +46,7 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     if args.sync_norm:
         options |= {"branch_norm": "parseval", "sync_norm": True}
     is_ours = timm.models.is_model_in_modules(args.model, ["mrconvnext"])
+    asked = f"--model {args.model}" + (f" --finetune {args.finetune}" if args.finetune else "")
     sizes = [args.img_size]
     try:
         if args.finetune:
@@ -70,7 +71,7 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
             "file that holds them as --finetune FILE, or leave --pretrained out to start from random ones"
         ) from error
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, OSError) as error:
-        raise UserError(" ".join(f"--model {args.model}: {error}".split())) from error
+        raise UserError(" ".join(f"{asked}: {error}".split())) from error
     modules = dict(model.named_modules())
     for name in args.freeze:
         if name not in modules:

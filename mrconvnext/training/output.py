@@ -40,7 +40,7 @@ def check_output(args: argparse.Namespace) -> None:
     """
     names = (ARGUMENTS, LAST, PREVIOUS)
     if not args.resume and any((args.output / name).exists() for name in names):
-        raise UserError(f"--output {args.output} holds another run: give --resume auto, or another folder")
+        raise UserError(f"--output {args.output} holds a run already: give --resume auto, or another folder")
     file = args.output / ARGUMENTS
     if file.is_file():
         try:

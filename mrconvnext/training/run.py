@@ -94,8 +94,8 @@ class Run:
                 f"model {args.model}, {parameters / 1e6:.2f}M parameters, {self.model.num_classes} classes{some}"
                 f"{f'; started from {started}' if started else ''}",
                 f"images {self.images[0]} to train, {self.images[1]} held out, of {size} pixels; {args.epochs} epochs",
-                f"{loaders.steps} steps an epoch of {args.global_batch} images: {count} processes × "
-                f"{loaders.accumulation} batches of {share // loaders.accumulation}, on {self.processes.device}, at a "
+                f"{loaders.steps} steps an epoch of {args.global_batch} images (processes: {count}, batches of each: "
+                f"{loaders.accumulation} of {share // loaders.accumulation}), on {self.processes.device}, at a "
                 f"learning rate of up to {learning_rate(args):.2g}",
             ]
         )
