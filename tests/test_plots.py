@@ -18,7 +18,7 @@ def test_picture_shows_every_branch_of_a_layer_of_each_stage(options: dict) -> N
     for stage in model.stages:
         for length in stage.blocks[0].conv_dw.branch_lengths:
             assert any(title.startswith(f"length {length}\n") for title in titles)
-    assert titles.count("merged") == 4
+    assert titles.count("merged, colours of what\nlies beyond the taps") == 4
 
 
 def test_picture_can_be_saved(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_picture_can_be_saved(tmp_path: Path) -> None:
 
 def test_deployed_model_shows_its_merged_kernels() -> None:
     figure = plot_kernels(small_model().reparameterize())
-    assert [ax.get_title() for ax in figure.axes].count("merged") == 4
+    assert [ax.get_title() for ax in figure.axes].count("merged, colours of what\nlies beyond the taps") == 4
     assert not any("branches" in ax.get_title() or "length" in ax.get_title() for ax in figure.axes)
 
 

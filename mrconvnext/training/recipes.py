@@ -18,6 +18,9 @@ _logger = logging.getLogger(__name__)
 # From so many images on a run from scratch takes ConvNeXt's recipe for ImageNet.
 MANY = 100_000
 
+# Side of images, in pixels, from which on a model's own size counts.
+LARGE = 224
+
 # Steps that a run takes in all, about: from scratch, and from weights.
 STEPS = {"small": 2000, "finetune": 1000}
 
@@ -78,16 +81,20 @@ def choices(recipe: str, data: Data, given: dict[str, Any]) -> dict[str, Any]:
     own = {"global_batch": batch, "epochs": epochs, "warmup_epochs": epochs / 20}
     # The averaged weights forget after the last twentieth of the run.
     own["model_ema_decay"] = round(1 - 1 / max(epochs * steps / 20, 2), 4)
-    if recipe == "small" and "img_size" not in given and hasattr(data.train, "__getitem__"):
-        own["img_size"] = side_for(data.train)
+    if "img_size" not in given and hasattr(data.train, "__getitem__"):
+        side = side_for(data.train)
+        if recipe == "small":
+            own["img_size"] = side
+        elif 2 * side < LARGE:  # weights know larger things; enlarged more than twice, images only cost more
+            own["img_size"] = 2 * side
     return {**own, **COMMON, **FIXED[recipe]}
 
 
 def side_for(images: SizedDataset) -> int:
-    """Returns the side that images have, about, in steps of 32 pixels, from 64 to 224: larger ones would cost more."""
+    """Returns the side that images have, about, in steps of 32 pixels, from 64 to `LARGE`: more would cost more."""
     samples = Samples(images, transform=lambda image: image.size, seed=0, train=True)
     sides = [min(samples[0, i].image) for i in range(0, len(images), max(1, len(images) // 50))]
-    return min(max(32 * math.ceil(statistics.median(sides) / 32), 64), 224)
+    return min(max(32 * math.ceil(statistics.median(sides) / 32), 64), LARGE)
 
 
 def doubts(args: argparse.Namespace, images: int) -> list[str]:
