@@ -145,8 +145,8 @@ class MRConv1d(LongConvolution):
             check_positive("made_for", made_for)
         super().__init__(
             channels=channels,
-            grid=(length, 1),
-            made_for=None if made_for is None else (made_for, 1),
+            grid=grid_for((length, 1), guard=0),
+            made_for=None if made_for is None else grid_for((made_for, 1), guard=0),
             kernel_size=0,
             dilation=1,
             bias=False,

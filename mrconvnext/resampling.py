@@ -23,6 +23,9 @@ from .grid import add_local_taps
 from .options import BranchOptions, branch_lengths, sides_of
 from .precision import product
 
+# Positions of a grid, at most.
+LARGEST = 2**22
+
 _logger = logging.getLogger(__name__)
 
 
@@ -149,12 +152,17 @@ def say_that_moves_add_up() -> None:
 
 
 def grid_for(grid: Union[int, tuple[int, int]], guard: int) -> tuple[int, int]:
-    """Returns height and width of a grid, each at least ``guard + 1``.
+    """Returns height and width of a grid, each at least ``guard + 1``, of at most `LARGEST` positions.
 
     Raises:
-        ValueError: If it is less, or not a grid.
+        ValueError: If it is smaller, larger, or not a grid.
     """
     height, width = sides_of(grid)
+    if height * width > LARGEST:
+        raise ValueError(
+            f"grid must have at most {LARGEST} positions, those of a map of 2048×2048 (images of 8192×8192 pixels at a "
+            f"stride of 4): the spectra of longer kernels would not fit into memory; got {(height, width)}"
+        )
     if min(height, width) < guard + 1:
         raise ValueError(f"grid must be at least {guard + 1} on each side to hold the taps, got {(height, width)}")
     return height, width

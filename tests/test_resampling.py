@@ -216,6 +216,12 @@ def test_sizes_that_can_not_be() -> None:
             model.set_input_size(size)
     with pytest.raises(ValueError, match="at least 2"):
         layer_of().set_grid((1, 30))
+    for size in (10**6, (64, 10**7)):
+        with pytest.raises(ValueError, match="at most 4194304 positions"):
+            model.set_input_size(size)
+    assert model.stages[0].blocks[0].conv_dw.reference_grid == (16, 16)
+    with pytest.raises(ValueError, match="at most 4194304 positions"):
+        MRConv1d(1, 10**9)
     with pytest.raises(ValueError, match="no MRConv2d"):
         resample(timm.create_model("convnext_atto"), 64)
 
