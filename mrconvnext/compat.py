@@ -11,7 +11,7 @@ from torch import nn
 update_model_input_size: Any
 try:
     from timm.models._input import update_model_input_size
-except ImportError:  # timm before 1.0.31, which keeps no account of it
+except ImportError:  # timm then goes on with the size that a model was made for
     update_model_input_size = None
 
 

@@ -307,3 +307,15 @@ def test_deployed_kernels_that_move_again_say_that_they_lose(caplog: pytest.LogC
     assert not caplog.records
     layer.set_grid((10, 12))
     assert "moved again" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", [False, True])
+def test_compiled_models_take_many_sizes_with_two_graphs(moved: bool) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = resample(small_model(), 96).train() if moved else small_model().train()
+    compiled = torch.compile(model, backend="aot_eager")
+    for height, width in ((64, 64), (96, 96), (80, 112), (128, 96), (72, 200), (224, 96)):
+        compiled(torch.randn(2, 3, height, width)).square().sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
