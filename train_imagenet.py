@@ -63,7 +63,8 @@ def train(args: argparse.Namespace, processes: Processes) -> int:
     with signals_call(stop.set):
         run = Run(args, processes, stop)
         if args.resume and run.restore():
-            _logger.info(f"resuming at step {run.progress.step}")
+            done = " where all epochs are done" if len(run.progress.rows) == args.epochs else ""
+            _logger.info(f"resuming at step {run.progress.step}{done}")
         with locked(args.output) if processes.rank == 0 else contextlib.nullcontext():
             return train_and_publish(run)
 

@@ -1,6 +1,7 @@
 """The card of a model: what the Hub's page of it says."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Optional
 
 from huggingface_hub import ModelCardData
 
@@ -37,20 +38,26 @@ model = timm.create_model("{name}", pretrained=True).eval()
 """
 
 
-def card(model: MRConvNeXt, name: str, more: dict[str, Any]) -> str:
+# Names of classes that a card lists, at most.
+LISTED = 20
+
+
+def card(model: MRConvNeXt, name: str, more: dict[str, Any], classes: Optional[Sequence[str]] = None) -> str:
     """Returns a model's card: what the Hub reads of it, then text.
 
     Args:
         model: The model.
         name: What timm makes it by.
         more: What else is to be said of it, by name.
+        classes: The names of its classes, if they are known.
     """
     cfg = model.pretrained_cfg
+    listed = f": {', '.join(classes)}" if classes and len(classes) <= LISTED else ""
     details = {
         "Architecture": cfg["architecture"],
         "Parameters (M)": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
         "Image size": " x ".join(str(side) for side in cfg["input_size"][1:]),
-        "Classes": model.num_classes,
+        "Classes": f"{model.num_classes}{listed}",
         "Started from": model.started_from or "not recorded",
         "Licence": cfg.get("license") or "not stated",
         **more,

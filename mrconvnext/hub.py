@@ -345,7 +345,7 @@ def _write(
         "Largest difference from the model it was made of": str(found),
         **(metrics or {}),
     }
-    (folder / "README.md").write_text(card(exported, name, details), encoding="utf-8")
+    (folder / "README.md").write_text(card(exported, name, details, names if config else None), encoding="utf-8")
     return found
 
 

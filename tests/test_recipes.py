@@ -167,6 +167,7 @@ def test_the_card_and_configuration_of_a_run_are_true(unsplit: Path, tmp_path: P
     assert main(*arguments, "--crop-pct", 1, "--output", first) == 0
     card = (first / "fused" / "README.md").read_text()
     assert f'create_model("local-dir:{first}/fused"' in card
+    assert "**Classes:** 3: 0, 1, 2" in card
     assert "**Licence:** not stated" in card and "unsplit" in card and "**Started from:** random weights" in card
     cfg = timm.create_model(f"local-dir:{first}/fused", pretrained=True).pretrained_cfg
     assert (cfg["crop_pct"], cfg["input_size"], cfg.get("test_input_size")) == (1.0, (3, 32, 32), None)
