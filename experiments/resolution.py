@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from experiments.report import BEST, accuracies_of, first_rows, held_out, load, read_lines, spread
+from experiments.report import BEST, Lines, accuracies_of, first_rows, held_out, load, read_lines, spread
 from experiments.rows import GOING_ON, LARGER_SIDES, before_resolution_row, resolution_rows
 from experiments.run import commit, environment, now
 from mrconvnext.plots import plot_receptive_fields
@@ -47,7 +47,10 @@ def main() -> int:
         origin = {**environment(), "commit": commit(), "date": now()}
         writer.writerows({**line, **origin} for line in lines)
     text = args.document.read_text()
-    for name, own in (("resolution", table(lines)), ("drawings", drawings_table(args.output))):
+    for name, own in (
+        ("resolution", table(lines)),
+        ("drawings", drawings_table(read_lines(args.output / "results.csv"))),
+    ):
         text = re.sub(
             rf"<!-- {name} -->.*?<!-- end -->", f"<!-- {name} -->\n{own}\n<!-- end -->", text, flags=re.DOTALL
         )
@@ -106,9 +109,9 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def drawings_table(output: Path) -> str:
+def drawings_table(results: Lines) -> str:
     """Returns the accuracy of models that went on from drawings of 32 px to those of 48, by what became of kernels."""
-    accuracies = accuracies_of(read_lines(output / "results.csv"))
+    accuracies = accuracies_of(results)
     rows = ["| top-1, %, drawings of 48 px | seeds | one pass after 32 px |", "| --- | --- | --- |"]
     for name, group in DRAWINGS.items():
         own = list(accuracies[group, ON_DRAWINGS].values())

@@ -19,7 +19,7 @@ import timm
 import torch
 from PIL import Image, ImageFilter
 
-from experiments import norms, report, rows, run, speed
+from experiments import norms, report, resolution, rows, run, speed
 from experiments.data import MissingData, draw_pathfinder, write_fashion
 from mrconvnext import MRConv2d
 from mrconvnext.benchmarking import timing
@@ -334,3 +334,12 @@ def test_published_tables_are_those_of_the_published_results() -> None:
     lines, statistics = (report.read_lines(published / name) for name in ("results.csv", "norms.csv"))
     text = (DOCS / "results.md").read_text()
     assert report.with_tables(text, lines, report.read_speeds(published / "speed"), statistics) == text
+
+
+def test_the_tables_of_resolution_are_those_of_its_files() -> None:
+    results = Path(__file__).parents[1] / "docs" / "results"
+    document = results.with_name("resolution.md").read_text()
+    lines: list[dict] = list(resolution.read_lines(results / "resolution.csv"))
+    lines = [{**line, "img_size": int(line["img_size"]), "tuned": line["tuned"] == "True"} for line in lines]
+    assert resolution.table(lines) in document
+    assert resolution.drawings_table(resolution.read_lines(results / "resolution-runs.csv")) in document
