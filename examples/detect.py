@@ -30,7 +30,9 @@ class Backbone(nn.Module):
         super().__init__()
         options = {"img_size": side, "ls_init_value": 0.1, "out_indices": (1, 2, 3)}
         self.body = timm.create_model("mrconvnext_atto", features_only=True, **options)
-        self.to_common = nn.ModuleList(nn.Conv2d(n, self.out_channels, 1) for n in self.body.feature_info.channels())
+        self.to_common = nn.ModuleList(
+            nn.Conv2d(n, self.out_channels, kernel_size=1) for n in self.body.feature_info.channels()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         features = [layer(own) for layer, own in zip(self.to_common, self.body(x))]

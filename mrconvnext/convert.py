@@ -153,7 +153,7 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue  # of a convolution, or damaged, which the layer refuses
         height, width, guard = found.tolist()
         taps = state_dict.get(f"{name}.local_taps", state_dict.get(f"{name}.weight"))
-        if layer.kernel_size != (0 if taps is None else taps.shape[-1]) or guard not in (layer.taps, width - 1):
+        if layer.kernel_size != (0 if taps is None else taps.shape[-1]) or guard not in (layer.local_reach, width - 1):
             continue  # of other taps, or deployed by version 0.1, which the layer refuses
         made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
         if made_for != layer.made_for:
@@ -170,7 +170,7 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if kernel is not None and kernel.shape == (layer.channels, 2 * height * (width + guard) - 1):
             of_taps = (taps, layer.dilation)
             grids_of = ((height, width, guard), own)
-            moved[f"{name}.kernel"] = resample_deployed(kernel, *of_taps, *grids_of, layer.options.bidirectional)
+            moved[f"{name}.kernel"] = resample_deployed(kernel, *of_taps, *grids_of, layer.bidirectional)
     if grids:
         moves = ", ".join(f"{old} to {new}" for old, new in grids.items())
         _logger.info(f"Kernels were made for other grids, and now span the same share of the image: {moves}")

@@ -162,7 +162,7 @@ def _folds_itself(module: nn.Module) -> bool:
     """Returns whether a block would fold its convolutions and norms into one: whether it can, and has norms left."""
     if isinstance(module, LongConvolution) or not any(hasattr(module, method) for method in FOLDING):
         return False
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    return any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

@@ -92,9 +92,9 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.channels = channels
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.taps = dilation * (kernel_size // 2)
+        self.local_reach = dilation * (kernel_size // 2)
         self.options = options
-        self.bidirectional = options.bidirectional
+        self.bidirectional = options.bidirectional  # TorchScript reads no dataclass
         self.made_for = grid if made_for is None else made_for
         self._take_grid(grid)
         self.branch_lengths = self._lengths_for(self.made_for)
@@ -220,7 +220,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
     def _merge(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the kernel (C, 2·L − 1) and bias (C), if any, that the layer equals for images (B, C, H, W)."""
         alpha = at_least_float32(self.alpha)
-        if self.norm_is_linear:  # the same before and after, but for rounding: fewer kernels to move
+        if self.norm_is_linear:  # the norm is of the kernel as parameterized: moved, a branch keeps its gain
             kernel, shift = self.norm(x, self.kernels(), alpha, self.row_stride, self.guard)
             return self._complete(self._on_grid(kernel), shift)
         kernel, shift = self.norm(x, self._on_grid(self.kernels()), alpha, self.row_stride, self.guard)

@@ -59,7 +59,11 @@ def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> Non
     _plot_sequence(axes[sequences - 1], merged[channel], color="black")
     axes[sequences - 1].set_title("merged kernel", fontsize="small")
     _plot_image(
-        axes[sequences], merged[channel], layer, "merged, colours of what\nlies beyond the taps", beyond=layer.taps
+        axes[sequences],
+        merged[channel],
+        layer,
+        "merged, colours of what\nlies beyond the taps",
+        beyond=layer.local_reach,
     )
     for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
         _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")

@@ -53,7 +53,7 @@ def to_distances(kernel: Tensor, grid: tuple[int, int], guard: int) -> Tensor:
     height, width = grid
     stride = width + guard
     missing = (height - 1) * stride + width - 1 - shape_of(kernel)[-1] // 2
-    return F.pad(kernel, (missing, missing)).unfold(-1, 2 * width - 1, stride)
+    return F.pad(kernel, (missing, missing)).unfold(dimension=-1, size=2 * width - 1, step=stride)
 
 
 def from_distances(maps: Tensor, guard: int) -> Tensor:
@@ -133,14 +133,16 @@ def resample_deployed(
         old: See `resample_kernel`, as for the arguments below.
         new: The other grid.
         bidirectional: Whether the branches reach ahead.
+
+    Raises:
+        RuntimeError: If they do and should not.
     """
-    if local_taps is None:
-        return resample_kernel(kernel, old, new, bidirectional)
-    branches = add_local_taps(kernel, -local_taps, dilation, old[1] + old[2])
+    branches = kernel if local_taps is None else add_local_taps(kernel, -local_taps, dilation, old[1] + old[2])
     reach = kernel.shape[-1] // 2
     if not (bidirectional or kernel.is_meta) and (branches[:, :reach].abs() > 1e-4 * kernel.abs().max()).any():
         raise RuntimeError("the kernel reaches ahead, which that of a layer with bidirectional=False does not")
-    return add_local_taps(resample_kernel(branches, old, new, bidirectional), local_taps, dilation, new[1] + new[2])
+    moved = resample_kernel(branches, old, new, bidirectional)
+    return moved if local_taps is None else add_local_taps(moved, local_taps, dilation, new[1] + new[2])
 
 
 @functools.cache
@@ -174,7 +176,7 @@ class OnGrid:
     __constants__ = ("is_resampled",)  # of TorchScript
 
     if TYPE_CHECKING:  # of the layer
-        taps: int
+        local_reach: int
         bidirectional: bool
         options: BranchOptions
         build_branches: Any
@@ -200,8 +202,9 @@ class OnGrid:
 
         Raises:
             ValueError: If the grid is too small for the local taps, or these are not known.
+            RuntimeError: If a deployed kernel reaches ahead, and the layer is not bidirectional.
         """
-        sides = grid_for(grid, self.taps)
+        sides = grid_for(grid, self.local_reach)
         if self.kernel is None:
             self._take_grid(sides)
         elif sides != self.reference_grid:
@@ -215,12 +218,11 @@ class OnGrid:
             )
         if self.is_resampled:
             say_that_moves_add_up()
-        old = (*self.reference_grid, self.guard)
-        self._take_grid(grid)
-        new = (*self.reference_grid, self.guard)
+        old, new = (*self.reference_grid, self.guard), (*grid, self._guard_on(grid))
         of_taps = (self.local_taps, self.dilation)
         kernel = resample_deployed(self.kernel.detach(), *of_taps, old, new, self.bidirectional)
         self.kernel = nn.Parameter(kernel, self.kernel.requires_grad)
+        self._take_grid(grid)
 
     def make_for(self, grid: tuple[int, int]) -> None:
         """Gives the layer new kernels that are parameterized for a grid, in place; the reference grid stays.
@@ -238,19 +240,24 @@ class OnGrid:
         self.train(self.training).requires_grad_(requires_grad)
 
     def _lengths_for(self, grid: tuple[int, int]) -> list[int]:
-        return branch_lengths(grid[0] * (grid[1] + self.taps), self.options.min_length, self.options.max_branches)
+        return branch_lengths(
+            grid[0] * (grid[1] + self.local_reach), self.options.min_length, self.options.max_branches
+        )
+
+    def _guard_on(self, grid: tuple[int, int]) -> int:
+        return self.local_reach if grid == self.made_for else max(self.local_reach, grid[1] - 1)
 
     def _take_grid(self, grid: tuple[int, int]) -> None:
         self.reference_grid = grid
         self.is_resampled = grid != self.made_for
-        self.guard = max(self.taps, grid[1] - 1) if self.is_resampled else self.taps
+        self.guard = self._guard_on(grid)
         self.row_stride = grid[1] + self.guard
 
     def _on_grid(self, kernels: Tensor) -> Tensor:
         """Returns kernels (…, 2·M − 1) as parameterized for the reference grid."""
         moved = kernels
         if self.is_resampled:  # and not at once returned otherwise, or TorchScript would read on
-            old = (self.made_for[0], self.made_for[1], self.taps)
+            old = (self.made_for[0], self.made_for[1], self.local_reach)
             new = (self.reference_grid[0], self.reference_grid[1], self.guard)
             moved = resample_kernel(kernels, old, new, self.bidirectional)
         return moved

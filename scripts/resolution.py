@@ -84,8 +84,7 @@ def picture() -> Figure:
     axes = figure.subplots(2, len(lengths))
     for row, side in zip(axes, (28, 56)):
         layer.set_grid(side)
-        kernels = layer.branch_kernels() if side != 28 else layer.kernels()
-        for ax, kernel, length in zip(row, kernels, lengths):
+        for ax, kernel, length in zip(row, layer.branch_kernels(), lengths):
             own = to_distances(kernel, (side, side), layer.guard)[0]
             limit = own.abs().max().item()
             extent = (0.5 - side, side - 0.5, side - 0.5, 0.5 - side)

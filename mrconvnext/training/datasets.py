@@ -175,8 +175,8 @@ def _no_images_said(folder: Optional[Path], split: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
-        missing = "" if folder is None or folder.exists() else "which does not exist, "
-        raise UserError(f"no {split or 'such'} images in --data-dir {folder}: {missing}{error}") from error
+        found = f"no {split} images" if split else "no images"
+        raise UserError(f"{found} in --data-dir {folder}: {error}") from error
 
 
 def classes_of(dataset: Any) -> Optional[list[str]]:
