@@ -339,7 +339,7 @@ def describe(layer: MRConv2d) -> str:
     lengths = ", ".join(str(length) for length in layer.branch_lengths)
     return (
         f"{layer.channels} channels, {grid}, {options.kernel} kernels of {lengths} positions in {directions}, "
-        f"norm {options.branch_norm}, local taps {layer.kernel_size}×{layer.kernel_size}"
+        f"norm {options.norm}, local taps {layer.kernel_size}×{layer.kernel_size}"
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .grid import add_local_taps, convolve_locally
 from .kernels import create_kernels
 from .longconv import check_not_onnx, convolve, convolve_real
-from .norms import create_norm, merge_kernels, merge_shifts, norm_affine, weigh_branches
+from .norms import create_norm, decayed, merge_kernels, merge_shifts, norm_affine, weigh_branches
 from .options import BranchOptions, check_positive
-from .precision import as_autocast, at_least_float32
+from .precision import as_autocast
 from .resampling import OnGrid
 from .state import Entries, check_parameters, reparameterize_after_load, take_form, write_reference
 
@@ -29,11 +29,11 @@ for _name in (
     *(
         "add_local_taps",
         "as_autocast",
-        "at_least_float32",
         "check_not_onnx",
         "convolve",
         "convolve_locally",
         "convolve_real",
+        "decayed",
     ),
     *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
 ):
@@ -101,8 +101,9 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.has_bias = bias
         self.seed = next(_seeds) if seed is None else seed
         self.inference_mode = inference_mode
-        self.merges = options.branch_norm != "batch"
-        self.norm_is_linear = options.branch_norm == "kernel"
+        self.merges = options.norm != "batch"
+        self.branch_decay = 1.0 if options.concat_decay is None else float(options.concat_decay)
+        self.norm_is_linear = options.norm in ("kernel", "none")
         self.exportable = exportable
         self.build_branches(device, dtype)
         self.register_state_dict_post_hook(write_reference)
@@ -131,12 +132,14 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             channels,
             self.branch_lengths,
             directions=2 if options.bidirectional else 1,
+            starts=options.starts(self.branch_lengths),
             modes=options.modes,
             taps=options.taps,
             seed=self.seed,
+            kernel_args=options.kernel_args,
             **dd,
         )
-        self.norm = create_norm(options.branch_norm, branches, channels, sync=options.sync_norm, **dd)
+        self.norm = create_norm(options.norm, branches, channels, sync=options.sync_norm, **dd)
 
     def build_deployed(self, kernel: Tensor, bias: Tensor, local_taps: Optional[Tensor]) -> None:
         """Gives the layer its deployed form. The local taps in the kernel are kept for `set_grid` alone."""
@@ -156,7 +159,8 @@ class LongConvolution(Entries, OnGrid, nn.Module):
     def branch_kernels(self) -> list[Tensor]:
         """Returns the branches' two-sided kernels (C, 2·l_i − 1) as parameterized: before norm and α.
 
-        Those of a layer that was moved to another grid are (C, 2·L − 1), L the number of its positions.
+        l_i is the branch's length, and where branches are concatenated that of those before it as well. The kernels of
+        a layer that was moved to another grid are (C, 2·L − 1), L the number of its positions.
 
         Raises:
             RuntimeError: If the layer is deployed, its branches gone.
@@ -165,8 +169,11 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             raise RuntimeError("a deployed layer has no branches: call branch_kernels() before reparameterize()")
         if self.is_resampled:
             return list(self._on_grid(self.kernels()))
-        longest = self.branch_lengths[-1]
-        return [own[:, longest - n : longest + n - 1] for own, n in zip(self.kernels(), self.branch_lengths)]
+        kernels = self.kernels()
+        middle = kernels.shape[-1] // 2
+        starts = self.options.starts(self.branch_lengths)
+        reaches = [start + length for start, length in zip(starts, self.branch_lengths)]
+        return [own[:, middle + 1 - n : middle + n] for own, n in zip(kernels, reaches)]
 
     @torch.no_grad()
     def merged_kernel(self) -> tuple[Tensor, Tensor]:
@@ -181,7 +188,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             kernel, bias = layer._merge(layer.alpha.new_empty((1, 1, *self.reference_grid)))
         else:
             norm: Any = layer.norm
-            alpha = layer.alpha
+            alpha = layer._weights()
             gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
             kernel = layer._on_grid(merge_kernels(layer.kernels(), alpha * gain.view(alpha.shape)))
             kernel, bias = layer._complete(kernel, shift.view(alpha.shape))
@@ -212,22 +219,29 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             return convolve(x, kernel, bias, self.row_stride, self.guard)
         kernels = self._on_grid(self.kernels())  # (N, C, 2·L − 1)
         c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))  # (B, N · C, H, W)
-        y = weigh_branches(c, self.alpha)
+        y = weigh_branches(c, self._weights())
         if self.weight is not None:
             y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
         return y.to(x.dtype)
 
     def _merge(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the kernel (C, 2·L − 1) and bias (C), if any, that the layer equals for images (B, C, H, W)."""
-        alpha = at_least_float32(self.alpha)
+        alpha = self._weights()
         if self.norm_is_linear:  # the norm is of the kernel as parameterized: moved, a branch keeps its gain
             kernel, shift = self.norm(x, self.kernels(), alpha, self.row_stride, self.guard)
             return self._complete(self._on_grid(kernel), shift)
         kernel, shift = self.norm(x, self._on_grid(self.kernels()), alpha, self.row_stride, self.guard)
         return self._complete(kernel, shift)
 
+    def _weights(self) -> Tensor:
+        """Returns the branches' weights (N, C): α, and where branches are concatenated its decay from one to the next.
+
+        The decay is fixed, and not taken off by the norms, which come before.
+        """
+        return decayed(self.alpha, self.branch_decay)
+
     def _complete(self, kernel: Tensor, shift: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the branches' merged kernel with the local taps, and the bias that the norms' shifts add up to."""
         if self.weight is not None:
             kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
-        return kernel, merge_shifts(at_least_float32(self.alpha), shift, self.bias)
+        return kernel, merge_shifts(self._weights(), shift, self.bias)

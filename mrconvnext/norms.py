@@ -5,6 +5,7 @@
 - "parseval": each branch is normalised by the mean and the variance that it has on the batch. Both are known before any
   branch is convolved, by the batch's autocorrelation, so that the branches merge in training too.
 - "batch": the paper's. Each branch is convolved, then normalised by an ``nn.BatchNorm2d``.
+- "none": they are not. So SGConv and MultiresConv have it.
 
 Statistics are functions of their arguments alone; the modules hold parameters and running statistics.
 """
@@ -23,7 +24,7 @@ from .precision import at_least_float32, product
 
 torch.fx.wrap("place_kernel")
 
-NORMS = ("kernel", "parseval", "batch")
+NORMS = ("kernel", "parseval", "batch", "none")
 
 _pair_weights = constant(lambda *args: pair_weights(*args[:4]).to(args[4]))
 
@@ -92,6 +93,16 @@ class KernelNorm(nn.Module):
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the merged kernel (C, 2·L − 1), and no shift; see `ParsevalNorm`."""
         return normalised_sum(kernels, alpha), None
+
+
+class NoNorm(nn.Module):
+    """Leaves branches as they are."""
+
+    def forward(
+        self, x: Tensor, kernels: Tensor, alpha: Tensor, row_stride: int, guard: int
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Returns the merged kernel (C, 2·L − 1), and no shift; see `ParsevalNorm`."""
+        return merge_kernels(kernels, alpha), None
 
 
 class ParsevalNorm(nn.Module):
@@ -282,6 +293,16 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
 
 
 @torch.fx.wrap
+def decayed(alpha: Tensor, decay: float) -> Tensor:
+    """Returns the branches' weights (N, C), each ``decay`` times weaker than the one before beside what it is."""
+    alpha = at_least_float32(alpha)
+    if decay == 1.0:
+        return alpha
+    power = torch.arange(0, -alpha.shape[0], -1, device=alpha.device)
+    return alpha * (decay ** power.to(alpha.dtype)).unsqueeze(1)
+
+
+@torch.fx.wrap
 def merge_kernels(kernels: Tensor, gain: Tensor) -> Tensor:
     """Returns the sum (C, 2·M − 1) of kernels (N, C, 2·M − 1), each times its gain (N, C)."""
     return product(gain.t().unsqueeze(1), kernels.transpose(0, 1)).squeeze(1)
@@ -320,4 +341,4 @@ def create_norm(
         return nn.BatchNorm2d(branches * channels, device=device, dtype=dtype)
     if kind == "parseval":
         return ParsevalNorm(branches, channels, sync, device=device, dtype=dtype)
-    return KernelNorm()
+    return KernelNorm() if kind == "kernel" else NoNorm()

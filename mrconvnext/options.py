@@ -1,8 +1,9 @@
 """What the branches of a layer are like: options of the layers and, by the same names, of the models."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 from .kernels import KERNELS
@@ -22,12 +23,29 @@ def branch_lengths(length: int, min_length: Optional[int] = None, max_branches: 
     Raises:
         ValueError: If ``min_length`` is outside its range.
     """
+    shortest = shortest_length(length, min_length)
+    branches = min(max_branches, round(math.log2(length / shortest)) + 1)
+    return [shortest * 2**i for i in range(branches - 1)] + [length]
+
+
+def concatenated_lengths(length: int, min_length: Optional[int] = None, max_branches: int = 5) -> list[int]:
+    """Returns the lengths of branches that follow each other: l_0, l_0, 2·l_0, 4·l_0, …, the last one what is left.
+
+    The arguments are those of `branch_lengths`.
+    """
+    shortest = shortest_length(length, min_length)
+    branches = min(max_branches, int(math.log2(length / shortest)) + 1)
+    before = [shortest * 2 ** max(0, i - 1) for i in range(branches - 1)]
+    return [*before, length - sum(before)]
+
+
+def shortest_length(length: int, min_length: Optional[int]) -> int:
+    """Returns the length of the shortest of branches for a sequence of ``length`` positions; see `branch_lengths`."""
     if min_length is None:
-        min_length = min(length, max(28, length // 16))
+        return min(length, max(28, length // 16))
     if not isinstance(min_length, int) or not 1 <= min_length <= length:
         raise ValueError(f"min_length must be an integer from 1 to the sequence's length {length}, got {min_length!r}")
-    branches = min(max_branches, round(math.log2(length / min_length)) + 1)
-    return [min_length * 2**i for i in range(branches - 1)] + [length]
+    return min_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +54,19 @@ class BranchOptions:
 
     Args:
         kernel: Parameterization of the kernels, one of `kernels.KERNELS`.
-        branch_norm: How branches are normalised, one of `norms.NORMS`.
+        branch_norm: How branches are normalised, one of `norms.NORMS`. Default: "kernel", and "none" for "sgconv" and
+            "multires", which have a single one.
         sync_norm: Whether "parseval" takes its statistics over all processes. For "batch", convert with
             ``nn.SyncBatchNorm.convert_sync_batchnorm``.
         bidirectional: Whether branches reach to positions ahead as well, with a kernel for each direction.
         min_length: Length of the shortest branch in positions; see `branch_lengths`.
         max_branches: Largest number of branches.
         modes: Fourier modes a kernel. The paper does not state it.
-        taps: Dilated or sparse taps a kernel. The paper does not state it.
+        taps: Dilated or sparse taps a kernel, of which the paper does not state how many; parameters of a piece of
+            "sgconv", taps of a filter of "multires". Default: 16, 64 and 2.
+        concat_decay: If given, branches follow each other, each this many times weaker than the one before, instead of
+            all beginning at lag 0. So the paper's Path-X has it.
+        kernel_args: Further arguments of "sgconv" and "multires"; see `SGConvKernel` and `MultiresKernel`.
         alpha_init: Start of ``alpha``. Default: 1 / number of branches. The paper does not state it.
 
     Raises:
@@ -52,31 +75,63 @@ class BranchOptions:
     """
 
     kernel: str = "fourier_sparse"
-    branch_norm: str = "kernel"
+    branch_norm: Optional[str] = None
     sync_norm: bool = False
     bidirectional: bool = True
     min_length: Optional[int] = None
     max_branches: int = 5
     modes: int = 16
-    taps: int = 16
+    taps: Optional[int] = None
+    concat_decay: Optional[float] = None
+    kernel_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alpha_init: Optional[float] = None
 
     def __post_init__(self) -> None:
         for name in ("max_branches", "modes", "taps"):
-            check_positive(name, getattr(self, name))
+            if name != "taps" or self.taps is not None:
+                check_positive(name, getattr(self, name))
         for name in ("sync_norm", "bidirectional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.alpha_init is not None and not _is_finite(self.alpha_init):
             raise ValueError(f"alpha_init must be a finite number or None, got {self.alpha_init!r}")
-        for name, allowed in (("kernel", KERNELS), ("branch_norm", NORMS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.sync_norm and self.branch_norm != "parseval":
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"branch_norm must be one of {', '.join(NORMS)}, got {self.branch_norm!r}")
+        if self.sync_norm and self.norm != "parseval":
             raise ValueError(
-                f'sync_norm is for branch_norm="parseval", got {self.branch_norm!r}: '
+                f'sync_norm is for branch_norm="parseval", got {self.norm!r}: '
                 "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
             )
+        self._check_concatenation()
+
+    def _check_concatenation(self) -> None:
+        if KERNELS[self.kernel].is_single:
+            for name in ("min_length", "concat_decay"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for kernels of several branches, got it for kernel={self.kernel!r}")
+        elif self.concat_decay is not None and not (_is_finite(self.concat_decay) and self.concat_decay >= 1):
+            raise ValueError(f"concat_decay must be a finite number of at least 1, or None, got {self.concat_decay!r}")
+
+    @property
+    def norm(self) -> str:
+        """How branches are normalised: as asked for, or as the kernels have it."""
+        return KERNELS[self.kernel].norm if self.branch_norm is None else self.branch_norm
+
+    def lengths(self, length: int) -> list[int]:
+        """Returns the lengths of the branches' kernels on a sequence of ``length`` positions, not shrinking."""
+        if KERNELS[self.kernel].is_single:
+            return [length]
+        if self.concat_decay is None:
+            return branch_lengths(length, self.min_length, self.max_branches)
+        return concatenated_lengths(length, self.min_length, self.max_branches)
+
+    def starts(self, lengths: list[int]) -> list[int]:
+        """Returns the first lags of branches with these lengths."""
+        if self.concat_decay is None:
+            return [0] * len(lengths)
+        return [0, *itertools.accumulate(lengths[:-1])]
 
 
 def branch_options(**options: Any) -> BranchOptions:

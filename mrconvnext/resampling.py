@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .constants import constant, shape_of
 from .grid import add_local_taps
-from .options import BranchOptions, branch_lengths, sides_of
+from .options import BranchOptions, sides_of
 from .precision import product
 
 # Positions of a grid, at most.
@@ -240,9 +240,7 @@ class OnGrid:
         self.train(self.training).requires_grad_(requires_grad)
 
     def _lengths_for(self, grid: tuple[int, int]) -> list[int]:
-        return branch_lengths(
-            grid[0] * (grid[1] + self.local_reach), self.options.min_length, self.options.max_branches
-        )
+        return self.options.lengths(grid[0] * (grid[1] + self.local_reach))
 
     def _guard_on(self, grid: tuple[int, int]) -> int:
         return self.local_reach if grid == self.made_for else max(self.local_reach, grid[1] - 1)

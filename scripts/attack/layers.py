@@ -72,13 +72,15 @@ def random_models(folder: Path, choose: random.Random, count: int) -> list[str]:
 
 def random_options(choose: random.Random) -> dict[str, Any]:
     """Returns options of branches."""
+    kernel = choose.choice(list(KERNELS))
     return {
-        "kernel": choose.choice(KERNELS),
+        "kernel": kernel,
+        "concat_decay": None if KERNELS[kernel].is_single else choose.choice([None, 1.0, 2.0]),
         "branch_norm": choose.choice(NORMS),
         "bidirectional": choose.random() < 0.7,
         "max_branches": choose.randrange(1, 6),
         "modes": choose.randrange(1, 20),
-        "taps": choose.randrange(1, 20),
+        "taps": choose.randrange(2, 20),
     }
 
 
@@ -88,7 +90,8 @@ def random_layer(choose: random.Random) -> tuple[Layer, dict[str, Any]]:
     options["channels"] = choose.choice([1, 2, 3, 7, 15, 16, 17, 33])
     if choose.random() < 0.2:
         options["length"] = length = choose.randrange(1, 200)
-        options["min_length"] = choose.choice([None, choose.randrange(1, length + 1)])
+        if not KERNELS[options["kernel"]].is_single:
+            options["min_length"] = choose.choice([None, choose.randrange(1, length + 1)])
         return randomize(MRConv1d(**options)).eval(), options
     options["kernel_size"], options["dilation"] = choose.choice([0, 1, 3, 5, 7]), choose.randrange(1, 3)
     least = options["dilation"] * (options["kernel_size"] // 2) + 1
@@ -123,7 +126,8 @@ def by_direct_sum(layer: Layer, x: Tensor) -> Tensor:
     y = torch.zeros_like(images)
     for i, kernel in enumerate(layer.branch_kernels()):
         branch = convolved(images, kernel, layer.row_stride, layer.guard)
-        y += layer.alpha[i].view(-1, 1, 1) * normalised(layer, i, kernel, branch)
+        weight = layer.alpha[i] / (layer.options.concat_decay or 1) ** i
+        y += weight.view(-1, 1, 1) * normalised(layer, i, kernel, branch)
     if layer.weight is not None:
         padding = layer.dilation * (layer.kernel_size // 2)
         y += nn.functional.conv2d(
@@ -157,7 +161,9 @@ def convolved(x: Tensor, kernel: Tensor, row_stride: int, guard: int) -> Tensor:
 
 def normalised(layer: Layer, branch: int, kernel: Tensor, y: Tensor) -> Tensor:
     """Returns a branch's output as the layer's norm normalises it in evaluation."""
-    if layer.options.branch_norm == "kernel":
+    if layer.options.norm == "none":
+        return y
+    if layer.options.norm == "kernel":
         return y / (kernel.square().sum(1).sqrt() + 1e-5).view(-1, 1, 1)
     norm: Any = layer.norm
     own = [

@@ -1,8 +1,9 @@
-"""How kernels are parameterized: a few real numbers a channel give a kernel of any length.
+"""MRConv's kernels: a few real numbers a channel give a kernel of any length.
 
 A layer has N branches, each with a kernel for D directions (1 or 2) and C channels. The parameters of all of them are
 stacked, and all kernels are evaluated at once as two-sided kernels (N, C, 2·L − 1): lag 0 in the middle, where both
-directions start and add; L is the longest branch's length, and shorter kernels are zero beyond theirs.
+directions start and add; L is the length of all of them, and a kernel is zero beyond its own. The lags of branch i are
+``starts[i]`` … ``starts[i] + lengths[i] − 1`` in each direction; L is where the last one ends.
 
 Every parameterization has as many parameters for a long kernel as for a short one (MRConv, Cunningham et al. 2024,
 section 3), and starts with an expected energy Σ k[lag]² of 1 a channel and direction, so that branches of different
@@ -17,73 +18,77 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .constants import constant
-from .precision import at_least_float32, product
+from ..constants import constant
+from ..precision import at_least_float32, product
 
 
-def fourier_basis(lengths: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def fourier_basis(
+    lengths: list[int], starts: list[int], directions: int, modes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Returns what each Fourier coefficient adds to a two-sided kernel, (N, directions · modes · 2, 2·L − 1).
 
     The rows are those of the unitary inverse real transform of each branch's length: real and imaginary part of mode 0,
     of mode 1, and so on. Modes that a length does not have are zero.
     """
-    lag = torch.arange(lengths[-1], device=device)
     rows: list[Tensor] = []
-    for length in lengths:
+    for length, start in zip(lengths, starts):
+        lag = torch.arange(starts[-1] + lengths[-1], device=device) - start
         mode = torch.arange(modes, device=device)
         # Whole turns are taken off as integers: the angle is exact however long the kernel.
         angle = (2 * math.pi / length) * (mode[:, None] * lag % length).to(torch.float64)  # (modes, L)
         doubled = (mode > 0) & (2 * mode < length)  # these have a conjugate
         scale = (2 * mode <= length).to(torch.float64) * (1 + doubled.to(torch.float64)) / math.sqrt(length)
-        inside = (lag < length).to(torch.float64) * scale[:, None]
+        inside = ((lag >= 0) & (lag < length)).to(torch.float64) * scale[:, None]
         parts = torch.stack([inside * angle.cos(), -inside * doubled[:, None] * angle.sin()], 1)
         rows.append(parts.flatten(0, 1))  # (modes · 2, L)
-    return _towards_both(torch.stack(rows), directions).to(dtype)
+    return towards_both(torch.stack(rows), directions).to(dtype)
 
 
-def dilated_basis(lengths: list[int], directions: int, taps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dilated_basis(
+    lengths: list[int], starts: list[int], directions: int, taps: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Returns where each dilated tap stands in a two-sided kernel, (N, directions · taps, 2·L − 1)."""
-    lag = torch.arange(lengths[-1], device=device)
     tap = torch.arange(taps, device=device)
     rows: list[Tensor] = []
-    for length in lengths:
+    for length, start in zip(lengths, starts):
+        lag = torch.arange(starts[-1] + lengths[-1], device=device) - start
         position = tap * max(1, length // taps)
         rows.append((position[:, None] == lag) & (position[:, None] < length))
-    return _towards_both(torch.stack(rows), directions).to(dtype)
+    return towards_both(torch.stack(rows), directions).to(dtype)
 
 
-def _towards_both(causal: Tensor, directions: int) -> Tensor:
+def towards_both(causal: Tensor, directions: int) -> Tensor:
     """Returns rows (N, P, L) over lags 0 … L − 1 as rows (N, directions · P, 2·L − 1), those of each direction."""
     zeros = torch.zeros_like(causal[..., 1:])
     ahead = torch.cat([zeros, causal], -1)
     return ahead if directions == 1 else torch.cat([ahead, torch.cat([causal.flip(-1), zeros], -1)], 1)
 
 
-_fourier_basis = constant(lambda lengths, *args: fourier_basis(list(lengths), *args))
-_dilated_basis = constant(lambda lengths, *args: dilated_basis(list(lengths), *args))
+_fourier_basis = constant(lambda lengths, starts, *args: fourier_basis(list(lengths), list(starts), *args))
+_dilated_basis = constant(lambda lengths, starts, *args: dilated_basis(list(lengths), list(starts), *args))
 
 
 @torch.fx.wrap
-def fourier_kernels(coefficients: Tensor, scale: Optional[Tensor], lengths: list[int]) -> Tensor:
+def fourier_kernels(coefficients: Tensor, scale: Optional[Tensor], lengths: list[int], starts: list[int]) -> Tensor:
     """Returns the kernels (N, C, 2·L − 1) with Fourier coefficients (N, C, D, 2 · modes) times a scale (N, C, D)."""
     directions, modes = coefficients.shape[2], coefficients.shape[3] // 2
     values = _scaled(coefficients, scale)
     if torch.jit.is_scripting():
-        basis = fourier_basis(lengths, directions, modes, values.dtype, values.device)
+        basis = fourier_basis(lengths, starts, directions, modes, values.dtype, values.device)
     else:
-        basis = _fourier_basis(tuple(lengths), directions, modes, values.dtype, values.device)
+        basis = _fourier_basis(tuple(lengths), tuple(starts), directions, modes, values.dtype, values.device)
     return _combined(values, basis)
 
 
 @torch.fx.wrap
-def dilated_kernels(values: Tensor, lengths: list[int]) -> Tensor:
+def dilated_kernels(values: Tensor, lengths: list[int], starts: list[int]) -> Tensor:
     """Returns the kernels (N, C, 2·L − 1) with values (N, C, D, taps) at evenly spaced lags."""
     directions, taps = values.shape[2], values.shape[3]
     values = at_least_float32(values)
     if torch.jit.is_scripting():
-        basis = dilated_basis(lengths, directions, taps, values.dtype, values.device)
+        basis = dilated_basis(lengths, starts, directions, taps, values.dtype, values.device)
     else:
-        basis = _dilated_basis(tuple(lengths), directions, taps, values.dtype, values.device)
+        basis = _dilated_basis(tuple(lengths), tuple(starts), directions, taps, values.dtype, values.device)
     return _combined(values, basis)
 
 
@@ -116,7 +121,8 @@ class DilatedKernels(nn.Module):
 
     Args:
         channels: Number of channels C.
-        lengths: Length of every branch's kernel in lags, growing.
+        lengths: Length of every branch's kernel in lags, not shrinking.
+        starts: Its first lag: 0 for all of them, or where the one before ends.
         directions: Number of directions D, 1 or 2.
         taps: Number of taps, ``length // taps`` lags apart. Taps beyond a kernel's end have no effect.
         device: Device of the parameters.
@@ -124,10 +130,17 @@ class DilatedKernels(nn.Module):
     """
 
     def __init__(
-        self, channels: int, lengths: Sequence[int], directions: int, taps: int, device: Any = None, dtype: Any = None
+        self,
+        channels: int,
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        directions: int,
+        taps: int,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.lengths = list(lengths)
+        self.lengths, self.starts = list(lengths), list(starts)
         values = torch.empty(len(lengths), channels, directions, taps, device=device, dtype=dtype)
         for own, length in zip(values, lengths):
             nn.init.normal_(own, std=min(taps, length) ** -0.5)
@@ -135,7 +148,7 @@ class DilatedKernels(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernels (N, C, 2·L − 1)."""
-        return dilated_kernels(self.values, self.lengths)
+        return dilated_kernels(self.values, self.lengths, self.starts)
 
 
 class FourierKernels(nn.Module):
@@ -151,15 +164,22 @@ class FourierKernels(nn.Module):
     """
 
     def __init__(
-        self, channels: int, lengths: Sequence[int], directions: int, modes: int, device: Any = None, dtype: Any = None
+        self,
+        channels: int,
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        directions: int,
+        modes: int,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.lengths = list(lengths)
+        self.lengths, self.starts = list(lengths), list(starts)
         self.coefficients = _fourier_coefficients(channels, lengths, directions, modes, device, dtype)
 
     def forward(self) -> Tensor:
         """Returns the kernels (N, C, 2·L − 1)."""
-        return fourier_kernels(self.coefficients, None, self.lengths)
+        return fourier_kernels(self.coefficients, None, self.lengths, self.starts)
 
 
 def _fourier_coefficients(
@@ -190,12 +210,13 @@ class SparseKernels(nn.Module):
     """
 
     positions: Tensor
-    __jit_unused_properties__ = ["lags"]
+    __jit_unused_properties__ = ["lags", "_middle"]
 
     def __init__(
         self,
         channels: int,
         lengths: Sequence[int],
+        starts: Sequence[int],
         directions: int,
         taps: int,
         seed: int = 0,
@@ -203,7 +224,7 @@ class SparseKernels(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.lengths = list(lengths)
+        self.lengths, self.starts = list(lengths), list(starts)
         self.directions = directions
         taps = min(taps, *lengths)
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -217,12 +238,13 @@ class SparseKernels(nn.Module):
 
     def forward(self) -> Tensor:
         """Returns the kernels (N, C, 2·L − 1)."""
-        return sparse_kernels(self.values, self.positions, self.lengths[-1])
+        return sparse_kernels(self.values, self.positions, self.starts[-1] + self.lengths[-1])
 
     @property
     def lags(self) -> Tensor:
-        """The distances (N, C, D, taps) from lag 0, in each direction."""
-        return (self.positions - (self.lengths[-1] - 1)).abs().unflatten(2, (self.directions, -1))
+        """The distances (N, C, D, taps) from the branch's first lag, in each direction."""
+        lags = (self.positions - self._middle).abs().unflatten(2, (self.directions, -1))
+        return lags - self._starts(lags.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lags":  # as libraries do that assign the entries of a state dict by name
@@ -234,7 +256,16 @@ class SparseKernels(nn.Module):
     def _place(self, lags: Tensor) -> None:
         """Takes lags (N, C, D, taps) for its own: as positions in the two-sided kernels, (N, C, D · taps)."""
         sign = torch.tensor([1, -1][: self.directions], device=lags.device)
-        self.positions = (self.lengths[-1] - 1 + sign[:, None] * lags.to(torch.int64)).flatten(2)
+        from_zero = lags.to(torch.int64) + self._starts(lags.device)
+        self.positions = (self._middle + sign[:, None] * from_zero).flatten(2)
+
+    @property
+    def _middle(self) -> int:
+        return self.starts[-1] + self.lengths[-1] - 1
+
+    @torch.jit.unused
+    def _starts(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.starts, device=device).view(-1, 1, 1, 1)
 
     def _follow_device(self) -> None:
         if not self.values.is_meta:
@@ -297,6 +328,7 @@ class FourierSparseKernels(SparseKernels):
         self,
         channels: int,
         lengths: Sequence[int],
+        starts: Sequence[int],
         directions: int,
         modes: int,
         taps: int,
@@ -304,7 +336,7 @@ class FourierSparseKernels(SparseKernels):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(channels, lengths, directions, taps, seed, device, dtype)
+        super().__init__(channels, lengths, starts, directions, taps, seed, device, dtype)
         self.coefficients = _fourier_coefficients(channels, lengths, directions, modes, device, dtype)
         shape = self.values.shape[:3]
         self.fourier_scale = nn.Parameter(torch.full(shape, 0.5**0.5, device=device, dtype=dtype))
@@ -312,47 +344,5 @@ class FourierSparseKernels(SparseKernels):
 
     def forward(self) -> Tensor:
         """Returns the kernels (N, C, 2·L − 1)."""
-        smooth = fourier_kernels(self.coefficients, self.fourier_scale, self.lengths)
+        smooth = fourier_kernels(self.coefficients, self.fourier_scale, self.lengths, self.starts)
         return add_taps(smooth, self.values, self.sparse_scale, self.positions)
-
-
-KERNELS = ("fourier_sparse", "fourier", "dilated", "sparse")
-
-
-def create_kernels(
-    kind: str,
-    channels: int,
-    lengths: Sequence[int],
-    directions: int,
-    modes: int = 16,
-    taps: int = 16,
-    seed: int = 0,
-    device: Any = None,
-    dtype: Any = None,
-) -> nn.Module:
-    """Returns a module whose call gives the kernels (N, C, 2·L − 1) of all branches.
-
-    Args:
-        kind: One of `KERNELS`.
-        channels: Number of channels C.
-        lengths: Length of every branch's kernel in lags, growing.
-        directions: Number of directions D, 1 or 2.
-        modes: Number of Fourier modes, at least 1.
-        taps: Number of dilated or sparse taps, at least 1.
-        seed: Seed of the sparse lags.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
-    Raises:
-        ValueError: If ``kind`` is unknown.
-    """
-    dd = {"device": device, "dtype": dtype}
-    if kind == "dilated":
-        return DilatedKernels(channels, lengths, directions, taps, **dd)
-    if kind == "fourier":
-        return FourierKernels(channels, lengths, directions, modes, **dd)
-    if kind == "sparse":
-        return SparseKernels(channels, lengths, directions, taps, seed, **dd)
-    if kind == "fourier_sparse":
-        return FourierSparseKernels(channels, lengths, directions, modes, taps, seed, **dd)
-    raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kind!r}")
