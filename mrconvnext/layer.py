@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .grid import add_local_taps, convolve_locally
-from .kernels import create_kernels
+from .kernels import KERNELS, create_kernels
 from .longconv import check_not_onnx, convolve, convolve_real
-from .norms import create_norm, decayed, merge_kernels, merge_shifts, norm_affine, weigh_branches
+from .norms import create_norm, decayed, eval_affine, merge_kernels, merge_shifts, norm_of_real, weigh_branches
 from .options import BranchOptions, check_positive
 from .precision import as_autocast
 from .resampling import OnGrid
@@ -35,7 +35,7 @@ for _name in (
         "convolve_real",
         "decayed",
     ),
-    *("merge_kernels", "merge_shifts", "norm_affine", "weigh_branches"),
+    *("merge_kernels", "merge_shifts", "norm_of_real", "weigh_branches"),
 ):
     torch.fx.wrap(_name)
 
@@ -105,6 +105,8 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.branch_decay = 1.0 if options.concat_decay is None else float(options.concat_decay)
         self.norm_is_linear = options.norm in ("kernel", "none")
         self.exportable = exportable
+        self.takes_power = options.norm == "parseval"
+        self.is_single = KERNELS[options.kernel].is_single
         self.build_branches(device, dtype)
         self.register_state_dict_post_hook(write_reference)
         self.register_load_state_dict_pre_hook(take_form)
@@ -184,16 +186,21 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         if self.kernel is not None:
             return self.kernel.detach().clone(), self.bias.detach().clone()
         layer = copy.deepcopy(self).double().eval()
-        if layer.merges:
-            kernel, bias = layer._merge(layer.alpha.new_empty((1, 1, *self.reference_grid)))
-        else:
-            norm: Any = layer.norm
-            alpha = layer._weights()
-            gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-            kernel = layer._on_grid(merge_kernels(layer.kernels(), alpha * gain.view(alpha.shape)))
-            kernel, bias = layer._complete(kernel, shift.view(alpha.shape))
-        bias = kernel.new_zeros(self.channels) if bias is None else bias
+        kernels = layer.kernels()
+        gain, bias = layer._gains(kernels)
+        kernel, _ = layer._complete(layer._on_grid(merge_kernels(kernels, gain)), None)
         return kernel.to(self.alpha.dtype), bias.to(self.alpha.dtype)
+
+    @torch.no_grad()
+    def branch_gains(self) -> tuple[Tensor, Tensor]:
+        """Returns what the branches' kernels are multiplied by in eval mode (N, C), and the bias (C), in float64."""
+        layer = copy.deepcopy(self).double().eval()
+        return layer._gains(layer.kernels())
+
+    def _gains(self, kernels: Tensor) -> tuple[Tensor, Tensor]:
+        gain, shift = eval_affine(self.norm, kernels)
+        bias = merge_shifts(self._weights(), shift, self.bias)
+        return self._weights() * gain, kernels.new_zeros(self.channels) if bias is None else bias
 
     def reparameterize(self) -> None:
         """Folds branches, norms, α and local taps into one kernel and one bias, in place. Idempotent.
@@ -206,8 +213,11 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             taps = None if self.weight is None else self.weight.detach().clone()
             self.build_deployed(*self.merged_kernel(), taps)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """Returns the layer's output for images (B, C, H, W)."""
+    def _convolve(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Returns the layer's output for images (B, C, H, W), statistics taken where the mask (B, H), if any, is True.
+
+        Images are zero elsewhere.
+        """
         x = as_autocast(x)
         if self.kernel is not None:
             if self.exportable:
@@ -218,7 +228,8 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             kernel, bias = self._merge(x)
             return convolve(x, kernel, bias, self.row_stride, self.guard)
         kernels = self._on_grid(self.kernels())  # (N, C, 2·L − 1)
-        c = self.norm(convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard))  # (B, N · C, H, W)
+        c = convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard)  # (B, N · C, H, W)
+        c = self.norm(c) if mask is None else norm_of_real(self.norm, c, mask)
         y = weigh_branches(c, self._weights())
         if self.weight is not None:
             y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
@@ -245,3 +256,25 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         if self.weight is not None:
             kernel = add_local_taps(kernel, self.weight, self.dilation, self.row_stride)
         return kernel, merge_shifts(self._weights(), shift, self.bias)
+
+
+def kernel_names(model: nn.Module) -> set[str]:
+    """Returns the names of what the long kernels of a model are made of: their parameters, α and the branches' norms.
+
+    They take a smaller learning rate than the others (MRConv, section 5).
+    """
+    names: set[str] = set()
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, LongConvolution):
+            own = (name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
+            names.update(f"{prefix}.{name}" for name in own)
+    return names
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Returns those of `kernel_names` that take no weight decay: all but what SGConv and MultiresConv let decay."""
+    names = kernel_names(model)
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, LongConvolution) and layer.is_single:
+            names = {name for name in names if not name.startswith(f"{prefix}.kernels.")}
+    return names

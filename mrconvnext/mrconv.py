@@ -9,6 +9,7 @@ from torch import Tensor
 from .layer import LongConvolution
 from .options import branch_options, check_positive
 from .resampling import grid_for
+from .streaming import Stream, start_stream
 
 
 @torch.fx.wrap
@@ -23,6 +24,14 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
         raise ValueError(f"x must have {dims} dimensions and {channels} channels (dimension 1), got {list(x.shape)}")
     if min(x.shape[2], x.shape[dims - 1]) < 1:
         raise ValueError(f"x must have at least 1 position, got {list(x.shape)}")
+
+
+@torch.fx.wrap
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Raises if a mask is not boolean (B, L) for sequences ``x`` (B, C, L)."""
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[2]:
+        expected = [x.shape[0], x.shape[2]]
+        raise ValueError(f"mask must be boolean {expected}, got {mask.dtype} {list(mask.shape)}")
 
 
 class MRConv2d(LongConvolution):
@@ -158,18 +167,58 @@ class MRConv1d(LongConvolution):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Returns the layer's output, of ``x``'s shape and dtype.
 
         Args:
             x: Floating-point sequences (B, C, L).
+            mask: True at the positions that are no padding, (B, L). What stands in padding does not count, not for the
+                statistics of "batch" either; what comes out there is of no use. Default: there is none.
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
-            ValueError: If ``x`` has another number of dimensions or channels.
+            ValueError: If ``x`` has another number of dimensions or channels, the mask another shape or dtype, or the
+                norm is "parseval" in training, which has no statistics of masked sequences.
         """
         check_input(x, self.channels, 3)
-        return self._convolve(x.unsqueeze(-1)).squeeze(-1)
+        if mask is not None:
+            check_mask(mask, x)
+            if self.takes_power and self.training:
+                raise ValueError('branch_norm="parseval" can\'t be trained with a mask: its statistics know no padding')
+            x = x.masked_fill(~mask.unsqueeze(1), 0.0)
+        return self._convolve(x.unsqueeze(-1), mask).squeeze(-1)
+
+    @torch.jit.unused
+    def start(self, batch: int) -> Stream:
+        """Returns the state of `step` before the first position, for so many sequences at once.
+
+        It belongs to the weights that the layer has now.
+
+        Raises:
+            RuntimeError: If the layer is bidirectional, or its norm takes statistics of the batch.
+        """
+        check_positive("batch", batch)
+        return start_stream(self, batch)
+
+    @torch.jit.unused
+    def step(self, x: Tensor, state: Stream) -> tuple[Tensor, Stream]:
+        """Returns the layer's output at the next position, and the state after it. Without gradients.
+
+        Any number of positions may follow each other: at each the output is that of `forward` for all inputs so far.
+
+        Args:
+            x: The inputs (B, C) at the next position.
+            state: What `start` or the step before returned; it is changed. ``copy.deepcopy`` makes another one.
+
+        Returns:
+            The outputs (B, C), and the state.
+
+        Raises:
+            ValueError: If ``x`` has another shape.
+        """
+        if list(x.shape) != [state.batch, self.channels]:
+            raise ValueError(f"x must be [{state.batch}, {self.channels}], got {list(x.shape)}")
+        return state.step(x), state
 
     def resample(self, factor: float) -> None:
         """Moves the kernels to sequences that are sampled ``factor`` times as densely, in place; see `set_grid`.

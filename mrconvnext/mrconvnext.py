@@ -18,6 +18,7 @@ from .compat import note_input_size
 from .convert import cfgs_of_convnext, checkpoint_filter_fn, with_branches
 from .engines.block import use_fused_blocks
 from .global_kernels import holding_taps, reparameterize, why_not
+from .layer import kernel_names, undecayed_names
 from .mrconv import MRConv2d, check_input
 from .options import BranchOptions
 from .state import check_numbers
@@ -204,13 +205,16 @@ class MRConvNeXt(ConvNeXt):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of the kernels, α and the branches' norms; local taps decay as in ConvNeXt."""
-        names: set[str] = set()
-        for prefix, layer in self.named_modules():
-            if isinstance(layer, MRConv2d):
-                own = (name for name, _ in layer.named_parameters() if name not in ("weight", "bias"))
-                names.update(f"{prefix}.{name}" for name in own)
-        return names
+        """Returns the names of the kernels, α and the branches' norms; local taps decay as in ConvNeXt.
+
+        The parameters of SGConv's and MultiresConv's kernels decay as published.
+        """
+        return undecayed_names(self)
+
+    @torch.jit.ignore
+    def kernel_parameters(self) -> set[str]:
+        """Returns the names of the parameters of long kernels, which take a smaller learning rate than the others."""
+        return kernel_names(self)
 
     @torch.jit.ignore
     def reparameterize(self) -> "MRConvNeXt":

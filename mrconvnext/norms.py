@@ -183,6 +183,24 @@ def norm_affine(mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, ep
     return gain, torch.addcmul(at_least_float32(bias), gain, at_least_float32(mean), value=-1)
 
 
+def eval_affine(norm: Any, kernels: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    """Returns what a layer's norm makes of its branches in evaluation, (gain, shift): norm(c) = gain · c + shift.
+
+    Args:
+        norm: What `create_norm` made.
+        kernels: The branches' kernels (N, C, 2·L − 1).
+
+    Returns:
+        The gains (N, C), and the shifts (N, C) if there are any.
+    """
+    if isinstance(norm, NoNorm):
+        return torch.ones_like(kernels[..., 0]), None
+    if isinstance(norm, KernelNorm):
+        return 1 / (torch.linalg.vector_norm(kernels, dim=-1) + 1e-5), None
+    gain, shift = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    return gain.view(kernels.shape[:2]), shift.view(kernels.shape[:2])
+
+
 @torch.fx.wrap
 def batch_statistics(
     x: Tensor,
@@ -287,6 +305,23 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
         if sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return _AllReduce.apply(x)
     return x
+
+
+@torch.fx.wrap
+def norm_of_real(norm: Any, c: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Returns branches (B, N·C, L, 1), normalised by a ``BatchNorm2d`` that takes no account of padding.
+
+    Args:
+        norm: The norm.
+        c: The branches.
+        mask: True at the positions that are no padding, (B, L); None if all are.
+    """
+    if mask is None:
+        return norm(c)
+    c = c.squeeze(-1).mT  # (B, L, N·C)
+    y = torch.zeros_like(c)
+    y[mask] = norm(c[mask][:, :, None, None]).flatten(1)
+    return y.mT.unsqueeze(-1)
 
 
 # Weighted and added

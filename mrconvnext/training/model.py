@@ -11,7 +11,6 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.utils import freeze
 from torch import nn
 
-from mrconvnext import MRConvNeXt
 from mrconvnext.convert import options_of_file
 from mrconvnext.hub import HTTP_ERROR, check_name
 
@@ -108,7 +107,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
         groups = param_groups_weight_decay(model, **decay)
     else:
         groups = param_groups_layer_decay(model, **decay, layer_decay=args.layer_decay)
-    kernels = {id(model.get_parameter(name)) for name in no_decay} if isinstance(model, MRConvNeXt) else set()
+    names: set[str] = getattr(model, "kernel_parameters", set)()
+    kernels = {id(model.get_parameter(name)) for name in names}
     split = []
     for group in groups:
         for is_kernel, scale in ((False, 1.0), (True, args.kernel_lr_scale)):
