@@ -10,7 +10,7 @@
 PYTHON ?= python3
 MODELS ?= atto tiny v2_atto
 BIN := .venv/bin
-SOURCES := mrconvnext experiments scripts train_imagenet.py benchmark_throughput.py
+SOURCES := mrconvnext experiments scripts train_imagenet.py train_sequences.py benchmark_throughput.py
 
 .PHONY: demo test quick timm lint clients attack sanitize newest
 

@@ -11,12 +11,9 @@ previous.safetensors), the best weights (best.safetensors) and, at the end, thes
 """
 
 import argparse
-import contextlib
 import copy
 import logging
 import sys
-import threading
-from pathlib import Path
 from typing import Any, Optional
 
 import mrconvnext
@@ -26,13 +23,13 @@ from mrconvnext.training.arguments import parse_args
 from mrconvnext.training.datasets import open_data
 from mrconvnext.training.errors import UserError
 from mrconvnext.training.evaluation import evaluate as evaluated
-from mrconvnext.training.files import locked, whole_folder
+from mrconvnext.training.files import whole_folder
+from mrconvnext.training.images import ImageRun
 from mrconvnext.training.loaders import validation_loader
 from mrconvnext.training.model import data_config, make_model
-from mrconvnext.training.output import write_arguments
 from mrconvnext.training.precision import Precision
-from mrconvnext.training.processes import INTERRUPTED, Processes, ending_workers, process_group, signals_call
-from mrconvnext.training.run import Run
+from mrconvnext.training.processes import Processes
+from mrconvnext.training.program import carry_out, launch
 from mrconvnext.training.samples import UnreadableFiles
 
 _logger = logging.getLogger("train_imagenet")
@@ -42,57 +39,28 @@ PUBLISHED = ("README.md", "config.json", "model.safetensors")
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Trains or evaluates as the command line says, and returns the exit status."""
-    args = parse_args(argv, description=__doc__)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("timm").setLevel(logging.WARNING)  # which says of one file three times that it is loaded
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which says of each try that it failed
-    try:
-        with process_group(args.device) as processes, ending_workers():
-            if processes.rank != 0:
-                logging.disable(logging.INFO)
-            return (evaluate if args.evaluate else train)(args, processes)
-    except (UserError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]  # the error of a worker comes with its traceback
-        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-        return 2
+    return launch(parse_args(argv, description=__doc__), train, evaluate)
 
 
 def train(args: argparse.Namespace, processes: Processes) -> int:
     """Trains a model from the beginning or from a checkpoint, publishes the best weights, returns the exit status."""
-    stop = threading.Event()
-    with signals_call(stop.set):
-        run = Run(args, processes, stop)
-        if args.resume and run.restore():
-            done = " where all epochs are done" if len(run.progress.rows) == args.epochs else ""
-            _logger.info(f"resuming at step {run.progress.step}{done}")
-        with locked(args.output) if processes.rank == 0 else contextlib.nullcontext():
-            return train_and_publish(run)
+    return carry_out(lambda stop: ImageRun(args, processes, stop), finish)
 
 
-def train_and_publish(run: Run) -> int:
-    """Trains a model to the end or until a signal, publishes the best weights, returns the exit status."""
-    args, processes = run.args, run.processes
-    if processes.rank == 0:
-        write_arguments(args)
-    _logger.info(run.describe())
-    run.train()
-    if run.stopped:
-        _logger.info(f"stopped by a signal at step {run.progress.step}; resume with --resume auto")
-        return INTERRUPTED
-    if processes.rank == 0:
-        if isinstance(run.model, MRConvNeXt):
-            publish(run)
-        _logger.info(result_of(run))
-    return 0
+def finish(run: ImageRun) -> None:
+    """Publishes the best weights of a run that came to its end, and says how it ended."""
+    if isinstance(run.model, MRConvNeXt):
+        publish(run)
+    _logger.info(result_of(run))
 
 
-def result_of(run: Run) -> str:
+def result_of(run: ImageRun) -> str:
     """Returns how a run ended, where it all lies and how to use it."""
     output, rows = run.args.output, run.progress.rows
     best = best_epoch(rows)
     lines = [
         f"the best of {len(rows)} epochs is epoch {best}, counted from 0, with {run.progress.best:.2f} % right of the "
-        f"{run.images[1]} images held out"
+        f"{run.counts[1]} images held out"
     ]
     if isinstance(run.model, MRConvNeXt):
         lines += [
@@ -112,7 +80,7 @@ def best_epoch(rows: list[dict[str, float]]) -> int:
     return max(range(len(rows)), key=top1.__getitem__)
 
 
-def publish(run: Run) -> None:
+def publish(run: ImageRun) -> None:
     """Writes a run's best weights in both forms with their model cards, ready for the Hub."""
     try:
         weights, _ = checkpoints.read(run.args.output / checkpoints.BEST)
@@ -122,7 +90,7 @@ def publish(run: Run) -> None:
     model.load_state_dict(weights)
     of_others = dict.fromkeys(("tag", "license", "test_input_size", "test_crop_pct"))
     model.pretrained_cfg = {**model.pretrained_cfg, **of_others, **run.data_config, "label_names": run.class_names}
-    images = f"{run.images[1]} {run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
+    images = f"{run.counts[1]} {run.args.val_split} images of {run.args.dataset or run.args.data_dir.name}"
     model.started_from = model.started_from or "random weights"
     best, epochs = best_epoch(run.progress.rows), len(run.progress.rows)
     metrics = {

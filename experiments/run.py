@@ -257,7 +257,7 @@ def failure(log: bytes, status: int) -> dict[str, str]:
 
 def append(file: Path, result: dict[str, Any]) -> None:
     with open(file, "a", newline="") as opened:
-        writer = csv.DictWriter(opened, COLUMNS)
+        writer = csv.DictWriter(opened, result)
         if opened.tell() == 0:
             writer.writeheader()
         writer.writerow(result)

@@ -6,11 +6,13 @@ from .hub import push_to_hub, save
 from .longconv import long_conv, long_conv_reference
 from .mrconv import MRConv1d, MRConv2d
 from .mrconvnext import MRConvNeXt, from_convnext
+from .sequence import MRConvSequence
 
 __all__ = [
     "MRConv1d",
     "MRConv2d",
     "MRConvNeXt",
+    "MRConvSequence",
     "engine",
     "from_convnext",
     "long_conv",

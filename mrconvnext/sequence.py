@@ -256,6 +256,16 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
             block.conv.reparameterize()
         return self
 
+    def resample(self, factor: float) -> "MRConvSequence":
+        """Moves the kernels to sequences sampled ``factor`` times as densely, in place, and returns the model.
+
+        See `MRConv1d.resample`.
+        """
+        for block in self.blocks:
+            block.conv.resample(factor)
+        self.length = self.blocks[0].conv.reference_grid[0]
+        return self
+
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters that must not decay; see `layer.undecayed_names`."""
         return undecayed_names(self)

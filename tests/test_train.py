@@ -37,8 +37,8 @@ from torchvision.datasets import ImageFolder
 
 from mrconvnext.training import checkpoints
 from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.images import ImageRun
 from mrconvnext.training.processes import INTERRUPTED
-from mrconvnext.training.run import Run
 
 # What a run leaves
 
@@ -237,7 +237,7 @@ def test_frozen_modules_stay_as_they_are(options: list[str], tmp_path: Path) -> 
     frozen = ("stem.", "stages.0.")
     arguments = [*options, "--epochs", "1", "--warmup-epochs", "0", "--freeze", "stem", "stages.0"]
     arguments += [*TINY, "branch_norm=batch", "--output", str(tmp_path)]
-    start = Run(parse_args(arguments), ALONE).model
+    start = ImageRun(parse_args(arguments), ALONE).model
     before, parameters = start.state_dict(), dict(start.named_parameters())
     assert main(*arguments) == 0
     after = weights(tmp_path)

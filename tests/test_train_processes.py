@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrconvnext.training import checkpoints
 from mrconvnext.training.arguments import parse_args
+from mrconvnext.training.images import ImageRun
 from mrconvnext.training.processes import INTERRUPTED
-from mrconvnext.training.run import Run
 from mrconvnext.training.trainer import Clock
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that takes each step by one batch in one process."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(*ONE, "--batch-size", 130, "--output", folder) == 0
-    start = Run(parse_args([*ONE, "--output", "x"]), ALONE).model.state_dict()
+    start = ImageRun(parse_args([*ONE, "--output", "x"]), ALONE).model.state_dict()
     moved = {name for name, value in weights(folder).items() if not torch.equal(value, start[name])}
     assert {"stem.0.weight", "stages.0.blocks.0.conv_dw.alpha", "head.fc.weight"} < moved
     assert any("running_var" in name for name in moved)
@@ -171,7 +171,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("options", [[], ["--mixup", "0.8", "--clip-grad", "1", "--batch-size", "12"]])
 def test_a_training_step_waits_for_no_gpu(options: list[str], images: Path, tmp_path: Path) -> None:
     words = [*MODEL, "--data-dir", images, "--global-batch", 24, "--output", tmp_path / "run", *options]
-    run = Run(parse_args([str(word) for word in words]), ALONE)
+    run = ImageRun(parse_args([str(word) for word in words]), ALONE)
     batches, clock = iter(list(run.loaders.epoch(0, 0))), Clock(ALONE.device)
     run.trainer.take_step(batches, 0, clock, run.unreadable)  # the optimizer's state is made in the first one
     with Waits() as waits:

@@ -139,24 +139,36 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_model_arguments(parser)
+    add_recipe_arguments(parser)
     add_optimization_arguments(parser)
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
-    args = parser.parse_args(argv)
-    of_run = (
-        arguments_of(args.output, OF_STARTING if args.evaluate else OF_CALL) if args.evaluate or args.resume else {}
-    )
-    parser.set_defaults(**of_run)
-    args = parser.parse_args(argv)
-    args.given = given(parser, argv) | set(of_run)
-    if (args.resume or args.evaluate) and not (of_run or args.data_dir or args.dataset):
+    args = with_those_of_run(parser, argv)
+    if (args.resume or args.evaluate) and not (args.of_run or args.data_dir or args.dataset):
         parser.error(f"--output {args.output} does not hold a run")
+    del args.of_run
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:
         parser.error(f"--scale must be a range, got {args.scale[0]} {args.scale[1]}")
     if args.evaluate and not args.pretrained and args.finetune is None:
         args.finetune = args.output / "best.safetensors"
+    return args
+
+
+def with_those_of_run(parser: argparse.ArgumentParser, argv: Optional[list[str]]) -> argparse.Namespace:
+    """Returns the arguments of a command line, those that it does not give from the run that is resumed or evaluated.
+
+    ``given`` are the names of those that the command line or the run gave, and ``of_run`` of those of the run.
+    """
+    args = parser.parse_args(argv)
+    of_run = (
+        arguments_of(args.output, OF_STARTING if args.evaluate else OF_CALL) if args.evaluate or args.resume else {}
+    )
+    parser.set_defaults(**of_run)
+    args = parser.parse_args(argv)
+    args.of_run = set(of_run)
+    args.given = given(parser, argv) | args.of_run
     return args
 
 
@@ -214,14 +226,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--freeze", nargs="*", default=[], metavar="MODULE", help="modules that are not trained: stem, stages.0, …")
     add("--drop-path", type=fraction, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
     add("--ls-init", type=number, help="initial value of the layer scales (default: 1e-6)")
+    add("--sync-norm", action="store_true", help="branch statistics over all processes (default: each its own)")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("recipe").add_argument
+    recipe = "where the defaults of optimization and augmentation come from: ConvNeXt's for ImageNet, which are "
+    recipe += "written below, or ones that follow the number of images (default: finetune with weights to start from, "
+    recipe += "small below 100,000 images)"
+    add("--recipe", choices=("imagenet", "finetune", "small"), help=recipe)
+    add("--no-lr-scaling", action="store_true", help="take --lr as it is, not as one for a global batch of 4096")
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimization").add_argument
-    recipe = "where the defaults below come from: ConvNeXt's for ImageNet, which are written here, or ones that follow "
-    recipe += "the number of images (default: finetune with weights to start from, small below 100,000 images)"
-    add("--recipe", choices=("imagenet", "finetune", "small"), help=recipe)
     add("--epochs", type=positive, default=300, help="(default: %(default)s)")
     images = "images of a step, over all processes (default: %(default)s)"
     add("--global-batch", type=positive, default=4096, help=images)
@@ -229,8 +248,7 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", "-b", type=positive, help=images)
     add("--opt", default="adamw", help="optimizer, by timm's name (default: %(default)s)")
     add("--opt-betas", type=fraction, nargs=2, help="its betas (default: its own)")
-    add("--lr", type=above_zero, default=4e-3, help="learning rate for a global batch of 4096 (default: %(default)s)")
-    add("--no-lr-scaling", action="store_true", help="take --lr as it is, not times global batch / 4096")
+    add("--lr", type=above_zero, default=4e-3, help="highest learning rate (default: %(default)s)")
     add("--kernel-lr-scale", type=amount, default=0.25, help="factor of the kernels' rate (default: %(default)s)")
     add("--weight-decay", type=amount, default=0.05, help="of all but kernels, norms, biases (default: %(default)s)")
     add("--layer-decay", type=part, help="factor of the learning rate from layer to layer (default: none)")
@@ -241,7 +259,6 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model-ema-decay", type=fraction, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)"
     )
-    add("--sync-norm", action="store_true", help="branch statistics over all processes (default: each its own)")
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model over all validation images."""
+"""Loss and accuracy of a model over all data of a split."""
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ from .samples import NO_TARGET, UnreadableFiles
 def evaluate(
     model: nn.Module, loader: DataLoader, precision: Precision, processes: Processes, unreadable: UnreadableFiles
 ) -> dict[str, float]:
-    """Returns loss and accuracies in % over the images of all processes, but for those that can't be read.
+    """Returns loss and accuracies in % over the data of all processes, but for images that can't be read.
 
     Args:
         model: Model, which is left in eval mode.
-        loader: This process's batches of images, classes and names of unreadable files.
+        loader: This process's batches of inputs, classes and names of unreadable files.
         precision: What the model computes in.
         processes: Those that evaluate together.
         unreadable: Takes the names.
@@ -27,11 +27,11 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    for images, targets, *names in loader:
+    for batch, targets, *names in loader:
         unreadable.note(names)
         targets = targets.to(processes.device, non_blocking=True)
         with precision.autocast():
-            logits = model(precision.images(images)).double()
+            logits = model(*precision.inputs(batch)).double()
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=NO_TARGET)
         # Counts, where timm's `accuracy` has shares: of a batch without a readable image there are none.
         right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

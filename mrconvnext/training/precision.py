@@ -1,7 +1,7 @@
 """The device and number formats that a model computes in."""
 
 import argparse
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ class Precision(NamedTuple):
     """Where and in which formats a model computes.
 
     Attributes:
-        device: Device of weights and images.
-        dtype: Format of weights and images.
+        device: Device of weights and inputs.
+        dtype: Format of weights and of inputs that are no whole numbers.
         amp_dtype: Format that autocast computes in, None for no autocast.
         memory_format: Order of images and weights in memory.
     """
@@ -33,9 +33,16 @@ class Precision(NamedTuple):
         """Moves a model there and returns it."""
         return model.to(device=self.device, dtype=self.dtype).to(memory_format=self.memory_format)
 
-    def images(self, images: Tensor) -> Tensor:
-        """Returns images as the model takes them."""
-        return images.to(device=self.device, dtype=self.dtype, non_blocking=True, memory_format=self.memory_format)
+    def inputs(self, batch: Any) -> tuple[Optional[Tensor], ...]:
+        """Returns a batch of images, or of sequences and their mask, as the arguments that the model takes."""
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        return tuple(None if part is None else self._moved(part) for part in parts)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.to(device=self.device, non_blocking=True)
+        order = self.memory_format if x.dim() == 4 else torch.preserve_format
+        return x.to(device=self.device, dtype=self.dtype, non_blocking=True, memory_format=order)
 
     def autocast(self) -> torch.autocast:
         """Returns a context in which the model runs."""

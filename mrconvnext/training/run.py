@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Optional
 
 import torch
@@ -15,15 +16,14 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .arguments import to_plain
-from .datasets import open_data
+from .datasets import Data
 from .errors import UserError
 from .evaluation import evaluate
-from .loaders import make_loaders
-from .model import check_model, data_config, learning_rate, make_model
+from .loaders import Loaders
+from .model import learning_rate
 from .output import Summary, check_output, check_same
 from .precision import Precision
 from .processes import Processes
-from .recipes import settle
 from .samples import UnreadableFiles
 from .seeds import seed_all
 from .trainer import Clock, Trainer
@@ -48,8 +48,10 @@ class Progress:
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-class Run:
+class Run(ABC):
     """A model in training, with all that a checkpoint holds.
+
+    Which model, and which data, is what `images.ImageRun` and `sequences.SequenceRun` say.
 
     Args:
         args: The run's arguments.
@@ -60,44 +62,48 @@ class Run:
         UserError: If the arguments ask for what cannot be done.
     """
 
+    things = "samples"  # what the data are, in words
+
     def __init__(self, args: argparse.Namespace, processes: Processes, stop: Optional[threading.Event] = None) -> None:
         self.args, self.processes, self.stop = args, processes, stop or threading.Event()
-        check_model(args)
-        data = open_data(args)
-        settle(args, data)
+        data = self.open_data()
         check_output(args)
         seed_all(args.seed)
-        self.class_names = data.names
         self.precision = Precision.of(args, processes.device)
-        self.model: Any = self.precision.model(make_model(args, data.classes))
-        self.data_config = data_config(self.model, args)
-        self.loaders = make_loaders(data, args, self.data_config, processes)
+        self.model: Any = self.precision.model(self.make_model(data))
+        self.loaders = self.make_loaders(data)
         self.trainer = Trainer(self.model, args, processes, self.precision, self.loaders, data.classes)
         self.unreadable = UnreadableFiles(args.max_unreadable)
         self.progress = Progress()
         self.unread: list[Tensor] = []  # losses of the last steps
-        self.images = (len(data.train), len(data.validation))
+        self.counts = (len(data.train), len(data.validation))
         self.summary: Optional[Summary] = None  # of the first process, once it trains
         self.stopped = False  # of all processes
 
+    @abstractmethod
+    def open_data(self) -> Data:
+        """Returns the data, after checking the arguments that have to do with it and settling those that follow it."""
+
+    @abstractmethod
+    def make_model(self, data: Data) -> nn.Module:
+        """Returns the model."""
+
+    @abstractmethod
+    def make_loaders(self, data: Data) -> Loaders:
+        """Returns the loaders of both splits."""
+
+    @abstractmethod
     def describe(self) -> str:
         """Returns what is about to be done, in a few lines."""
+
+    def describe_steps(self) -> str:
+        """Returns the line of it that tells of the steps."""
         args, loaders, count = self.args, self.loaders, self.processes.count
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        names = self.class_names or []
-        started = getattr(self.model, "started_from", None)
-        some = f": {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else ""
         share = args.global_batch // count
-        size = " x ".join(str(side) for side in self.data_config["input_size"][1:])
-        return "\n".join(
-            [
-                f"model {args.model}, {parameters / 1e6:.2f}M parameters, {self.model.num_classes} classes{some}"
-                f"{f'; started from {started}' if started else ''}",
-                f"images {self.images[0]} to train, {self.images[1]} held out, of {size} pixels; {args.epochs} epochs",
-                f"{loaders.steps} steps an epoch of {args.global_batch} images (processes: {count}, batches of each: "
-                f"{loaders.accumulation} of {share // loaders.accumulation}), on {self.processes.device}, at a "
-                f"learning rate of up to {learning_rate(args):.2g}",
-            ]
+        return (
+            f"{loaders.steps} steps an epoch of {args.global_batch} {self.things} (processes: {count}, batches of "
+            f"each: {loaders.accumulation} of {share // loaders.accumulation}), on {self.processes.device}, at a "
+            f"learning rate of up to {learning_rate(args):.2g}"
         )
 
     def save(self) -> None:
@@ -234,7 +240,7 @@ class Run:
             self.save()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Returns loss and accuracies in % of a model over all validation images."""
+        """Returns loss and accuracies in % of a model over all validation data."""
         return evaluate(model, self.loaders.validation, self.precision, self.processes, self.unreadable)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
@@ -132,13 +132,13 @@ class Trainer:
         """Takes a step of the optimizer. Waits for no GPU.
 
         Args:
-            batches: Batches of images, classes and names of unreadable files.
+            batches: Batches of inputs, classes and names of unreadable files.
             step: Number of the step in the run.
             clock: Takes the time of the parts.
             unreadable: Takes the names.
 
         Returns:
-            The loss over this process's images, still to be read.
+            The loss over this process's inputs, still to be read.
         """
         self.called.train()
         for name in self.args.freeze:
@@ -146,27 +146,28 @@ class Trainer:
         losses = []
         for i in range(self.accumulation):
             clock.start()
-            images, targets, *names = next(batches)
+            batch, targets, *names = next(batches)
             unreadable.note(names)
             seed_all(derived_seed(self.args.seed, step, i, self.processes.rank))  # of mixup, dropout and drop path
-            images = self.precision.images(images)
+            inputs: Sequence = self.precision.inputs(batch)
             targets = targets.to(self.processes.device, non_blocking=True)
             if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
+                images, targets = self.mixup(inputs[0], targets)
+                inputs = (images,)
             clock.lap("data")
-            losses.append(self._backward(images, targets, clock, is_last=i == self.accumulation - 1))
+            losses.append(self._backward(inputs, targets, clock, is_last=i == self.accumulation - 1))
         self._update(step)
         clock.lap("step")
         return torch.stack(losses).double().sum()
 
-    def _backward(self, images: Tensor, targets: Tensor, clock: Clock, is_last: bool) -> Tensor:
+    def _backward(self, inputs: Sequence, targets: Tensor, clock: Clock, is_last: bool) -> Tensor:
         """Adds the gradients of a batch, which the last one of a step sums over all processes; returns its loss."""
         waiting: Any = contextlib.nullcontext()
         if self.distributed is not None and not is_last:
             waiting = self.distributed.no_sync()
         with waiting:
             with self.precision.autocast():
-                loss = self.loss(self.called(images), targets) / self.accumulation
+                loss = self.loss(self.called(*inputs), targets) / self.accumulation
             clock.lap("forward")
             self.scaler.scale(loss).backward()
             clock.lap("backward")

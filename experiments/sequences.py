@@ -1,0 +1,203 @@
+"""Runs the experiments on sequences, one call of train_sequences.py a row, and writes their tables.
+
+    python -m experiments.sequences --output results-sequences --groups fashion --fashion-mnist fashion-mnist
+    python -m experiments.sequences --output results-sequences --document docs/sequences.md --publish docs/results
+
+The first command adds a line for each row to OUTPUT/sequences.csv; interrupted, the same command goes on. ListOps,
+Pathfinder and the tones are made by ``python -m mrconvnext.tasks`` where they are not there. The second one copies the
+file and writes the tables between lines such as ``<!-- fashion -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from safetensors import safe_open
+
+from experiments.report import read_lines, spread
+from experiments.run import append, commit, environment, now, times
+from mrconvnext.training.arguments import positive
+
+ROOT = Path(__file__).parent.parent
+SEEDS = range(3)
+
+COLUMNS = (
+    *("group", "name", "seed", "status", "test_top1", "deployed_top1", "validation_top1", "train_loss", "parameters"),
+    *("steps", "step_ms", "train_s", "hardware", "threads", "jobs", "torch", "timm", "python", "commit", "date"),
+    "command",
+)
+
+# One recipe for all, small enough for minutes: 800 steps of 50 images of 784 positions, both directions.
+FASHION = "--samples 8000 --epochs 5 --no-causal --log-interval 20".split()
+METHODS = {
+    "MRConv, Fourier": ("--method", "fourier"),
+    "MRConv, dilated": ("--method", "dilated"),
+    "MRConv, Fourier + sparse": ("--method", "fourier_sparse"),
+    "SGConv": ("--method", "sgconv"),
+    "MultiresConv": ("--method", "multires"),
+    "LSTM, one layer": ("--method", "lstm", "--depth", "1", "--dim", "128"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training run: its table, its name there, its seed, its task, and arguments of the script beside these."""
+
+    group: str
+    name: str
+    seed: int
+    task: str
+    options: tuple[str, ...]
+
+    @property
+    def identifier(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in f"{self.group} {self.name} {self.seed}")
+
+
+def all_rows() -> list[Row]:
+    """Returns every row."""
+    return [
+        Row("fashion", name, seed, "fashion", (*method, *FASHION)) for seed in SEEDS for name, method in METHODS.items()
+    ]
+
+
+def main() -> int:
+    args = parse_args()
+    if args.document:
+        write_tables(args.output, args.document, args.publish)
+        return 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in all_rows() if not args.groups or row.group in args.groups]
+    done = {(line["group"], line["name"], line["seed"]) for line in results(args.output)}
+    left = [row for row in rows if (row.group, row.name, str(row.seed)) not in done]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(lambda row: run(row, args), left):
+            append(args.output / "sequences.csv", result)
+            print(f"{result['group']}, {result['name']}, seed {result['seed']}: {result['test_top1']}", flush=True)
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the results, the runs and the data that are made")
+    groups = tuple(dict.fromkeys(row.group for row in all_rows()))
+    add("--groups", nargs="+", choices=groups, help="tables to run (default: all)")
+    fashion = Path("/usr/share/datasets/fashion-mnist")
+    add("--fashion-mnist", type=Path, default=fashion, help="folder of its four files (default: %(default)s)")
+    add("--jobs", type=positive, default=os.cpu_count() or 1, help="rows at once, each on one thread (default: cores)")
+    add("--document", type=Path, help="write the tables of this Markdown file, and run nothing")
+    add("--publish", type=Path, help="folder that the results are copied to")
+    return parser.parse_args()
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    """Returns the lines of the results so far."""
+    file = folder / "sequences.csv"
+    return read_lines(file) if file.is_file() else []
+
+
+def run(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs a row, which goes on where it was interrupted, and returns its result."""
+    folder = args.output / "runs" / row.identifier
+    folder.parent.mkdir(exist_ok=True)
+    data = args.fashion_mnist if row.task == "fashion" else made(row.task, args.output / "data")
+    command = ["train_sequences.py", "--task", row.task, *row.options, "--seed", str(row.seed)]
+    log = folder.with_name(f"{row.identifier}.log")
+    with open(log, "a") as file:
+        subprocess.run(
+            [sys.executable, *command, "--data-dir", str(data), "--output", str(folder.resolve()), "--resume", "auto"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads(args))},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+    result = {**dict.fromkeys(COLUMNS, ""), "group": row.group, "name": row.name, "seed": row.seed, "status": "done"}
+    result |= {**environment(), "threads": threads(args), "jobs": args.jobs, "commit": commit(), "date": now()}
+    return result | measured(folder, log) | {"command": shlex.join(["python", *command])}
+
+
+def threads(args: argparse.Namespace) -> int:
+    return max(1, (os.cpu_count() or 1) // args.jobs)
+
+
+def made(task: str, folder: Path) -> Path:
+    """Returns the folder of data that are made, after making them if they are not there."""
+    own = folder / task
+    if not own.is_dir():
+        subprocess.run([sys.executable, "-m", "mrconvnext.tasks", task, str(own.resolve())], cwd=ROOT, check=True)
+    return own
+
+
+def measured(folder: Path, log: Path) -> dict[str, Any]:
+    """Returns what a run that came to its end measured: the test of its best epoch, and the time of its steps."""
+    test = json.loads((folder / "test.json").read_text())
+    with open(folder / "summary.csv", newline="") as file:
+        epochs = list(csv.DictReader(file))
+    with safe_open(folder / "best.safetensors", "pt") as opened:
+        best = json.loads(opened.metadata()["state"])
+    with safe_open(folder / "last.safetensors", "pt") as opened:
+        shapes = [opened.get_slice(name).get_shape() for name in opened.keys() if name.endswith(".exp_avg")]
+    step_ms, steps = times(log.read_text())
+    return {
+        "test_top1": round(test["as trained"]["top1"], 2),
+        "deployed_top1": round(test["deployed"]["top1"], 2) if "deployed" in test else "",
+        "validation_top1": round(best["top1"], 2),
+        "train_loss": round(float(epochs[-1]["train_loss"]), 4),
+        "parameters": sum(count(shape) for shape in shapes),
+        "steps": steps * len(epochs),
+        "step_ms": round(step_ms, 1),
+        "train_s": round(step_ms * steps * len(epochs) / 1000, 1),
+    }
+
+
+def count(shape: list[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+# Tables
+
+
+def write_tables(folder: Path, document: Path, publish: Optional[Path]) -> None:
+    """Writes the tables of a document from the results in a folder, and copies these."""
+    lines, text = results(folder), document.read_text()
+    for group in dict.fromkeys(row.group for row in all_rows()):
+        start, end = f"<!-- {group} -->\n", "\n<!-- end -->"
+        before, _, rest = text.partition(start)
+        if rest:
+            text = before + start + "\n".join(table(group, lines)) + end + rest.partition(end)[2]
+    document.write_text(text)
+    if publish:
+        shutil.copy(folder / "sequences.csv", publish / "sequences.csv")
+
+
+def table(group: str, lines: list[dict[str, str]]) -> Iterator[str]:
+    """Yields the lines of a group's table."""
+    yield "| model | seeds | test, % | deployed, % | parameters | steps | ms a step |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    own = [line for line in lines if line["group"] == group]
+    for name in dict.fromkeys(line["name"] for line in own):
+        rows = [line for line in own if line["name"] == name]
+        deployed = [float(line["deployed_top1"]) for line in rows if line["deployed_top1"]]
+        cells = [name, str(len(rows)), spread([float(line["test_top1"]) for line in rows], ".2f")]
+        cells += [spread(deployed, ".2f"), f"{int(rows[0]['parameters']):,}", rows[0]["steps"]]
+        cells += [spread([float(line["step_ms"]) for line in rows], ".0f")]
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
