@@ -11,7 +11,6 @@ these, what their stages see goes to resolution-drawings.png beside the document
 
 import argparse
 import csv
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from experiments.report import BEST, Lines, accuracies_of, first_rows, held_out, load, read_lines, spread
 from experiments.rows import GOING_ON, LARGER_SIDES, before_resolution_row, resolution_rows
 from experiments.run import commit, environment, now
+from mrconvnext.benchmarking.report import with_table
 from mrconvnext.plots import plot_receptive_fields
 
 SIDES = (32, *LARGER_SIDES)
@@ -51,9 +51,7 @@ def main() -> int:
         ("resolution", table(lines)),
         ("drawings", drawings_table(read_lines(args.output / "results.csv"))),
     ):
-        text = re.sub(
-            rf"<!-- {name} -->.*?<!-- end -->", f"<!-- {name} -->\n{own}\n<!-- end -->", text, flags=re.DOTALL
-        )
+        text = with_table(text, name, own)
     args.document.write_text(text)
     rows = {name: first_rows()[group, ON_DRAWINGS] for name, group in DRAWINGS.items()}
     if all((args.output / "runs" / row.identifier / BEST).is_file() for row in rows.values()):

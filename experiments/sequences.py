@@ -12,13 +12,14 @@ import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -26,10 +27,14 @@ from safetensors import safe_open
 
 from experiments.report import read_lines, spread
 from experiments.run import append, commit, environment, now, times
+from mrconvnext.benchmarking.report import with_table
 from mrconvnext.training.arguments import positive
 
 ROOT = Path(__file__).parent.parent
 SEEDS = range(3)
+
+# A line of the script's log: the form, and its accuracy on the test.
+TEST = re.compile(r"^test, (.+?): .*top1 ([\d.]+)", re.MULTILINE)
 
 COLUMNS = (
     *("group", "name", "seed", "status", "test_top1", "deployed_top1", "validation_top1", "train_loss", "parameters"),
@@ -49,15 +54,32 @@ METHODS = {
 }
 
 
+# Small models that leave the machine in 20 minutes; the papers' have some 20 times as many steps, and are wider.
+LISTOPS = "--method fourier --dim 64 --depth 4 --epochs 1 --log-interval 100 --checkpoint-interval 500".split()
+
+# Tests of weights beside that of their own run.
+HALF_THE_RATE = {"kept": ("--test-rate", "2", "--keep-kernels"), "resampled": ("--test-rate", "2")}
+
+
 @dataclass(frozen=True)
 class Row:
-    """A training run: its table, its name there, its seed, its task, and arguments of the script beside these."""
+    """A training run.
+
+    Args:
+        group: Table that it belongs to.
+        name: Its name there.
+        seed: Seed of weights and order.
+        task: What it is trained on.
+        options: Arguments of the script beside these.
+        tests: More tests of its weights, arguments by their names.
+    """
 
     group: str
     name: str
     seed: int
     task: str
     options: tuple[str, ...]
+    tests: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def identifier(self) -> str:
@@ -66,9 +88,12 @@ class Row:
 
 def all_rows() -> list[Row]:
     """Returns every row."""
-    return [
+    rows = [
         Row("fashion", name, seed, "fashion", (*method, *FASHION)) for seed in SEEDS for name, method in METHODS.items()
     ]
+    for name in ("MRConv, Fourier", "SGConv"):
+        rows += [Row("rate", name, seed, "tones", (*METHODS[name], "--no-causal"), HALF_THE_RATE) for seed in SEEDS]
+    return [*rows, Row("listops", "MRConv, Fourier", 0, "listops", tuple(LISTOPS))]
 
 
 def main() -> int:
@@ -80,10 +105,13 @@ def main() -> int:
     rows = [row for row in all_rows() if not args.groups or row.group in args.groups]
     done = {(line["group"], line["name"], line["seed"]) for line in results(args.output)}
     left = [row for row in rows if (row.group, row.name, str(row.seed)) not in done]
+    for row in left:
+        data_of(row, args)  # before several rows want the same
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda row: run(row, args), left):
-            append(args.output / "sequences.csv", result)
-            print(f"{result['group']}, {result['name']}, seed {result['seed']}: {result['test_top1']}", flush=True)
+        for found in pool.map(lambda row: run(row, args), left):
+            for result in found:
+                append(args.output / "sequences.csv", result)
+                print(f"{result['group']}, {result['name']}, {result['seed']}: {result['test_top1']}", flush=True)
     return 0
 
 
@@ -107,40 +135,52 @@ def results(folder: Path) -> list[dict[str, str]]:
     return read_lines(file) if file.is_file() else []
 
 
-def run(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Runs a row, which goes on where it was interrupted, and returns its result."""
-    folder = args.output / "runs" / row.identifier
+def run(row: Row, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs a row, which goes on where it was interrupted, and returns its result and those of its further tests."""
+    folder = (args.output / "runs" / row.identifier).resolve()
     folder.parent.mkdir(exist_ok=True)
-    data = args.fashion_mnist if row.task == "fashion" else made(row.task, args.output / "data")
-    command = ["train_sequences.py", "--task", row.task, *row.options, "--seed", str(row.seed)]
-    log = folder.with_name(f"{row.identifier}.log")
-    with open(log, "a") as file:
-        subprocess.run(
-            [sys.executable, *command, "--data-dir", str(data), "--output", str(folder.resolve()), "--resume", "auto"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads(args))},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
+    data = str(data_of(row, args))
+    options = ["--task", row.task, *row.options, "--seed", str(row.seed)]
+    script(args, *options, "--data-dir", data, "--output", str(folder), "--resume", "auto")
     result = {**dict.fromkeys(COLUMNS, ""), "group": row.group, "name": row.name, "seed": row.seed, "status": "done"}
     result |= {**environment(), "threads": threads(args), "jobs": args.jobs, "commit": commit(), "date": now()}
-    return result | measured(folder, log) | {"command": shlex.join(["python", *command])}
+    result |= measured(folder) | {"command": shlex.join(["python", "train_sequences.py", *options])}
+    found = [result]
+    for name, more in row.tests.items():
+        log = script(args, "--data-dir", data, "--output", str(folder), "--evaluate", *more)
+        own = {f"{form}_top1": round(float(top1), 2) for form, top1 in TEST.findall(log)}
+        tested = {"test_top1": own["as trained_top1"], "deployed_top1": own["deployed_top1"], "validation_top1": ""}
+        command = f"{result['command']} && " + shlex.join(["python", "train_sequences.py", "--evaluate", *more])
+        found.append({**result, **tested, "name": f"{row.name}, {name}", "command": command})
+    return found
+
+
+def script(args: argparse.Namespace, *words: str) -> str:
+    """Returns what a run of the script printed, to a log beside its folder."""
+    log = Path(words[words.index("--output") + 1] + ".log")
+    log.touch()
+    before = log.stat().st_size
+    with open(log, "a") as file:
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads(args))}
+        subprocess.run([sys.executable, "train_sequences.py", *words], cwd=ROOT, env=env, stdout=file, check=True)
+    return log.read_text()[before:]
 
 
 def threads(args: argparse.Namespace) -> int:
     return max(1, (os.cpu_count() or 1) // args.jobs)
 
 
-def made(task: str, folder: Path) -> Path:
-    """Returns the folder of data that are made, after making them if they are not there."""
-    own = folder / task
+def data_of(row: Row, args: argparse.Namespace) -> Path:
+    """Returns the folder of a row's data, made if they are not there and can be."""
+    if row.task == "fashion":
+        return args.fashion_mnist.resolve()
+    own = (args.output / "data" / row.task).resolve()
     if not own.is_dir():
-        subprocess.run([sys.executable, "-m", "mrconvnext.tasks", task, str(own.resolve())], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "mrconvnext.tasks", row.task, str(own)], cwd=ROOT, check=True)
     return own
 
 
-def measured(folder: Path, log: Path) -> dict[str, Any]:
+def measured(folder: Path) -> dict[str, Any]:
     """Returns what a run that came to its end measured: the test of its best epoch, and the time of its steps."""
     test = json.loads((folder / "test.json").read_text())
     with open(folder / "summary.csv", newline="") as file:
@@ -149,7 +189,7 @@ def measured(folder: Path, log: Path) -> dict[str, Any]:
         best = json.loads(opened.metadata()["state"])
     with safe_open(folder / "last.safetensors", "pt") as opened:
         shapes = [opened.get_slice(name).get_shape() for name in opened.keys() if name.endswith(".exp_avg")]
-    step_ms, steps = times(log.read_text())
+    step_ms, steps = times(Path(f"{folder}.log").read_text())
     return {
         "test_top1": round(test["as trained"]["top1"], 2),
         "deployed_top1": round(test["deployed"]["top1"], 2) if "deployed" in test else "",
@@ -176,10 +216,7 @@ def write_tables(folder: Path, document: Path, publish: Optional[Path]) -> None:
     """Writes the tables of a document from the results in a folder, and copies these."""
     lines, text = results(folder), document.read_text()
     for group in dict.fromkeys(row.group for row in all_rows()):
-        start, end = f"<!-- {group} -->\n", "\n<!-- end -->"
-        before, _, rest = text.partition(start)
-        if rest:
-            text = before + start + "\n".join(table(group, lines)) + end + rest.partition(end)[2]
+        text = with_table(text, group, "\n".join(table(group, lines)))
     document.write_text(text)
     if publish:
         shutil.copy(folder / "sequences.csv", publish / "sequences.csv")

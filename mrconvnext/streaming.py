@@ -114,7 +114,7 @@ class ModesAndTaps:
         y = self.bias.expand(x.shape)
         if self.is_smooth:
             entering, leaving = self.past[:, :, (self.position - self.edges) % ring].unbind(-2)  # (B, C, N) each
-            self.sums = self.sums * self.turn + (entering.double() - leaving.double()).unsqueeze(-1)
+            self.sums.mul_(self.turn).add_((entering.double() - leaving.double()).unsqueeze(-1))
             y = y + (self.sums * self.coefficients).real.sum((-2, -1)).to(y.dtype)
         if self.taps is not None:
             lags, values = self.taps

@@ -8,7 +8,6 @@ and the picture resolution.png beside it. Takes a minute.
 
 import argparse
 import math
-import re
 from pathlib import Path
 
 import timm
@@ -18,6 +17,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor
 
 from mrconvnext import MRConv2d, with_global_kernels
+from mrconvnext.benchmarking.report import with_table
 from mrconvnext.global_kernels import depthwise_layers
 from mrconvnext.kernels import KERNELS
 from mrconvnext.resampling import to_distances
@@ -39,9 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     text = document.read_text()
     for name, table in (("moved", moved_table()), ("families", families_table())):
-        text = re.sub(
-            rf"<!-- {name} -->.*?<!-- end -->", f"<!-- {name} -->\n{table}\n<!-- end -->", text, flags=re.DOTALL
-        )
+        text = with_table(text, name, table)
     document.write_text(text)
     picture().savefig(document.with_name("resolution.png"), dpi=110)
 

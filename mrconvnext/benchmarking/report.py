@@ -4,6 +4,7 @@ import argparse
 import csv
 import datetime
 import json
+import re
 import shlex
 import statistics
 from pathlib import Path
@@ -126,3 +127,15 @@ def written(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Returns a document in which what stands between ``<!-- name -->`` and ``<!-- end -->`` is a table.
+
+    Raises:
+        ValueError: If there is no such place in it.
+    """
+    place = re.compile(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", re.DOTALL)
+    if not place.search(text):
+        raise ValueError(f"the document has no place for a table: <!-- {name} --> … <!-- end -->")
+    return place.sub(lambda _: f"<!-- {name} -->\n{table}\n<!-- end -->", text)

@@ -20,4 +20,5 @@ def missing(path: Path, title: str, remedy: str) -> DataError:
 
 def damaged(path: Path, problem: object, remedy: str) -> DataError:
     """Returns the error of a file that is not what it should be."""
-    return DataError(f"{path} is damaged ({' '.join(str(problem).split())}); {remedy}")
+    said = " ".join(str(problem).split()) or "it ends too soon"  # as an EOFError says by its name alone
+    return DataError(f"{path} is damaged ({said}); {remedy}")

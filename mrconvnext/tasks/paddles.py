@@ -9,9 +9,9 @@ from PIL import Image
 
 # Pictures are drawn so many times as large and made smaller.
 ANTIALIASING = 2
-# The published masks are antialiased, and pixels are free that are covered by less than about four fifths: those whose
-# centres are farther than so much inside.
-SLACK = 0.3
+# The published masks are antialiased, and two paddles collide if those of a pixel add up to 1.8: where all of it is in
+# one mask and four fifths are in the other. Its centre is then so much inside.
+WHOLLY, MOSTLY = 0.5, 0.25
 # Directions that a snake's first paddle may have, one for each degree.
 FIRST = 360
 
@@ -83,7 +83,8 @@ class Tables:
         tips: (K,) offsets of next tips from a pivot.
         weights: (T, K): how likely a next tip is, by the direction of the paddle before.
         pivots: (T,) offsets from a pivot to the next one, or from the start of a first paddle to the pivot.
-        cover: What a paddle takes with its margin.
+        core: What must be free for a paddle.
+        cover: What it takes then.
         around: Where it leaves no place for the tips of others, a margin farther.
         ink: What is drawn of it.
     """
@@ -95,6 +96,7 @@ class Tables:
     tips: NDArray[np.int64]
     weights: NDArray[np.float64]
     pivots: NDArray[np.int64]
+    core: Stamp
     cover: Stamp
     around: Stamp
     ink: Stamp
@@ -139,8 +141,9 @@ def tables(side: int, margin: int) -> Tables:
         tips=circle @ (stride, 1),
         weights=np.cos(np.minimum(own.continuity * turns, np.pi / 2)) ** 2,
         pivots=offsets[0] * stride + offsets[1],
-        cover=covers(margin + half - SLACK),
-        around=covers(2 * margin + half - SLACK),
+        core=covers(margin + half - WHOLLY),
+        cover=covers(margin + half - MOSTLY),
+        around=covers(2 * margin + half),
         ink=_stamp([_drawn(angle, own.paddle_length, half, reach + 2) for angle in angles], stride),
     )
 

@@ -152,7 +152,7 @@ def read_recording(path: Path) -> NDArray[np.float32]:
             form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
             content = file.readframes(SPEECH_RATE)
     except (EOFError, OSError, wave.Error) as error:
-        raise damaged(path, error or "it ends too soon", _SPEECH_REMEDY) from error
+        raise damaged(path, error, _SPEECH_REMEDY) from error
     if form != (1, 2, SPEECH_RATE):
         raise damaged(path, "{} channels of {} bytes at {} Hz".format(*form), _SPEECH_REMEDY)
     samples = np.frombuffer(content[: len(content) // 2 * 2], dtype="<i2")

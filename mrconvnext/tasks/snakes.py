@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .paddles import DISTRACTOR_PADDLES, FIRST, PARAMETERS, TARGET_PADDLES, Stamp, Tables
+from .paddles import DISTRACTOR_PADDLES, FIRST, PARAMETERS, TARGET_PADDLES, Tables
 
 # Pairs of snakes that are begun at once, until enough have grown to their length.
 _BEGUN = 1024
@@ -42,7 +42,7 @@ class Frames:
     """What is taken in many pictures, and in borders around them.
 
     Attributes:
-        taken: (N, stride²), 0 where it is free, 1 at the border, else the number of the paddle that took it last.
+        taken: (N, stride²), 0 where it is free, 1 at the border, else the number of the paddle that took it first.
         near: (N, stride²), where no tip may be: around all paddles, but not around the last one of a growing snake.
     """
 
@@ -92,20 +92,20 @@ def _grow_pairs(rng: np.random.Generator, table: Tables) -> tuple[Frames, Snakes
     for snake in range(2):
         tips[:, snake, 0] = starts[:, snake]
         directions[:, snake, 0] = _backwards(headings[:, snake])
-        _take(frames.taken, rows, table.cover, tips[:, snake, 0], directions[:, snake, 0], _number(snake, 0))
+        _take(frames, table, rows, tips[:, snake, 0], directions[:, snake, 0], _number(snake, 0))
     for paddle in range(1, TARGET_PADDLES):
         for snake in range(2):
             number = _number(snake, paddle)
             chosen = _next(rng, table, frames, rows, pivots[rows, snake], headings[rows, snake], number - 1)
             rows, chosen = rows[chosen >= 0], chosen[chosen >= 0]
             before = directions[rows, snake, paddle - 1]
-            _take(frames.near, rows, table.around, tips[rows, snake, paddle - 1], before, True)
+            _keep_off(frames, table, rows, tips[rows, snake, paddle - 1], before)
             tips[rows, snake, paddle] = pivots[rows, snake] + table.tips[chosen]
             directions[rows, snake, paddle] = headings[rows, snake] = FIRST + chosen
             pivots[rows, snake] += table.pivots[FIRST + chosen]
-            _take(frames.taken, rows, table.cover, tips[rows, snake, paddle], FIRST + chosen, number)
+            _take(frames, table, rows, tips[rows, snake, paddle], FIRST + chosen, number)
     for snake in range(2):
-        _take(frames.near, rows, table.around, tips[rows, snake, -1], directions[rows, snake, -1], True)
+        _keep_off(frames, table, rows, tips[rows, snake, -1], directions[rows, snake, -1])
     return frames.of(rows), Snakes(tips[rows], directions[rows])
 
 
@@ -160,15 +160,30 @@ def _next(
     total = weights[:, -1:]
     drawn = rng.random((len(rows), _PADDLE_TRIALS)) * total
     trials = (weights[:, None] <= drawn[..., None]).sum(axis=-1).clip(max=len(table.tips) - 1)
-    covered = np.take_along_axis(tips, trials, axis=1)[..., None] + table.cover.offsets[FIRST + trials]
+    covered = np.take_along_axis(tips, trials, axis=1)[..., None] + table.core.offsets[FIRST + trials]
     fits = ~closed[frames.taken[rows[:, None, None], covered]].any(axis=-1) & (total > 1e-4)
     chosen = np.take_along_axis(trials, fits.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.where(fits.any(axis=1), chosen, -1)
 
 
-def _take(frame: NDArray[Any], rows: Places, stamp: Stamp, tips: Places, directions: Places, value: int) -> None:
-    """Sets the pixels of a paddle's stamp in each of some pictures."""
-    frame[rows[:, None], tips[:, None] + stamp.offsets[directions]] = value
+def _take(frames: Frames, table: Tables, rows: Places, tips: Places, directions: Places, number: int) -> None:
+    """Marks what a paddle takes of what is free, in each of some pictures."""
+    places = rows[:, None], tips[:, None] + table.cover.offsets[directions]
+    before = frames.taken[places]
+    frames.taken[places] = np.where(before == 0, number, before)
+
+
+def _keep_off(frames: Frames, table: Tables, rows: Places, tips: Places, directions: Places) -> None:
+    """Marks where a paddle leaves no place for tips, in each of some pictures."""
+    frames.near[rows[:, None], tips[:, None] + table.around.offsets[directions]] = True
+
+
+def _give_back(frames: Frames, table: Tables, rows: Places, tips: Places, directions: Places, first: int) -> None:
+    """Frees what the paddles of a distractor took, the last one that there is; `first` is the number of its first."""
+    for own_tips, own_directions in zip(tips.T, directions.T):
+        places = rows[:, None], own_tips[:, None] + table.cover.offsets[own_directions]
+        before = frames.taken[places]
+        frames.taken[places] = np.where(before < first, before, 0)
 
 
 def grow_distractor(rng: np.random.Generator, table: Tables, frames: Frames, number: int) -> Snakes:
@@ -178,7 +193,7 @@ def grow_distractor(rng: np.random.Generator, table: Tables, frames: Frames, num
     for _ in range(_DISTRACTOR_TRIALS):
         grown = _grow_distractors(rng, table, frames, waiting, snakes, 2 + number)
         for tips, directions in zip(snakes.tips[grown].T, snakes.directions[grown].T):
-            _take(frames.near, grown, table.around, tips, directions, True)
+            _keep_off(frames, table, grown, tips, directions)
         waiting = np.setdiff1d(waiting, grown)
     snakes.directions[waiting] = -1
     return snakes
@@ -197,17 +212,17 @@ def _grow_distractors(
     rows, starts, headings = _place(rng, table, frames.taken, waiting)
     pivots = starts + table.pivots[headings]
     snakes.tips[rows, 0], snakes.directions[rows, 0] = starts, _backwards(headings)
-    _take(frames.taken, rows, table.cover, starts, _backwards(headings), _number(snake, 0))
+    _take(frames, table, rows, starts, _backwards(headings), _number(snake, 0))
     for paddle in range(1, DISTRACTOR_PADDLES):
         number = _number(snake, paddle)
         chosen = _next(rng, table, frames, rows, pivots, headings, number - 1)
         stuck = rows[chosen < 0]
-        for tips, directions in zip(snakes.tips[stuck, :paddle].T, snakes.directions[stuck, :paddle].T):
-            _take(frames.taken, stuck, table.cover, tips, directions, 0)  # there was nothing but this snake
+        gone = snakes.tips[stuck, :paddle], snakes.directions[stuck, :paddle]
+        _give_back(frames, table, stuck, *gone, first=_number(snake, 0))
         rows, pivots, chosen = rows[chosen >= 0], pivots[chosen >= 0], chosen[chosen >= 0]
         headings = FIRST + chosen
         snakes.tips[rows, paddle], snakes.directions[rows, paddle] = pivots + table.tips[chosen], headings
-        _take(frames.taken, rows, table.cover, snakes.tips[rows, paddle], headings, number)
+        _take(frames, table, rows, snakes.tips[rows, paddle], headings, number)
         pivots = pivots + table.pivots[headings]
     return rows
 
@@ -223,7 +238,7 @@ def _place(
     headings = rng.integers(FIRST, size=len(waiting))
     pixels = rng.integers(1, table.side - 1, size=(2, len(waiting), _SEED_TRIALS))
     starts = table.flat(pixels[0], pixels[1])
-    covered = starts[..., None] + table.cover.offsets[_backwards(headings)][:, None]
+    covered = starts[..., None] + table.core.offsets[_backwards(headings)][:, None]
     free = (taken[waiting[:, None, None], covered] == 0).all(axis=-1)
     found = free.any(axis=1)
     chosen = np.take_along_axis(starts, free.argmax(axis=1)[:, None], axis=1)[:, 0]

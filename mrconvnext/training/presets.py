@@ -44,6 +44,7 @@ GENERAL = {
     "pathfinder": (S4, _row(6, 256, "batch", True, 0.0, 64, 0.004, 0.03, 200)),
     "pathx": (SGCONV, _row(6, 256, "batch", True, 0.0, 64, 0.004, 0.03, 50)),
     "speech": (S4, _row(6, 128, "batch", True, 0.0, 16, 0.01, 0.05, 40)),
+    "tones": (OURS, _row(2, 64, "batch", False, 0.0, 50, 0.01, 0.05, 5)),
     "smnist": (OURS, _row(4, 64, "batch", False, 0.0, 50, 0.01, 0.05, 5)),
     "fashion": (OURS, _row(4, 64, "batch", False, 0.0, 50, 0.01, 0.05, 5)),
 }
