@@ -27,11 +27,20 @@ def check_input(x: Tensor, channels: int, dims: int) -> None:
 
 
 @torch.fx.wrap
-def check_mask(mask: Tensor, x: Tensor) -> None:
-    """Raises if a mask is not boolean (B, L) for sequences ``x`` (B, C, L)."""
+def without_padding(x: Tensor, mask: Optional[Tensor], is_refused: bool) -> Tensor:
+    """Returns sequences (B, C, L) that are zero where the mask (B, L), if there is one, is False.
+
+    Raises:
+        ValueError: If it has another shape or dtype, or is refused.
+    """
+    if mask is None:
+        return x
+    if is_refused:
+        raise ValueError('branch_norm="parseval" can\'t be trained with a mask: its statistics know no padding')
     if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[2]:
         expected = [x.shape[0], x.shape[2]]
         raise ValueError(f"mask must be boolean {expected}, got {mask.dtype} {list(mask.shape)}")
+    return x.masked_fill(~mask.unsqueeze(1), 0.0)
 
 
 class MRConv2d(LongConvolution):
@@ -181,11 +190,7 @@ class MRConv1d(LongConvolution):
                 norm is "parseval" in training, which has no statistics of masked sequences.
         """
         check_input(x, self.channels, 3)
-        if mask is not None:
-            check_mask(mask, x)
-            if self.takes_power and self.training:
-                raise ValueError('branch_norm="parseval" can\'t be trained with a mask: its statistics know no padding')
-            x = x.masked_fill(~mask.unsqueeze(1), 0.0)
+        x = without_padding(x, mask, self.takes_power and self.training)
         return self._convolve(x.unsqueeze(-1), mask).squeeze(-1)
 
     @torch.jit.unused

@@ -319,9 +319,8 @@ def norm_of_real(norm: Any, c: Tensor, mask: Optional[Tensor]) -> Tensor:
     if mask is None:
         return norm(c)
     c = c.squeeze(-1).mT  # (B, L, N·C)
-    y = torch.zeros_like(c)
-    y[mask] = norm(c[mask][:, :, None, None]).flatten(1)
-    return y.mT.unsqueeze(-1)
+    real = norm(c[mask][:, :, None, None]).flatten(1)  # (positions, N·C)
+    return torch.zeros_like(c).masked_scatter(mask.unsqueeze(-1), real).mT.unsqueeze(-1)
 
 
 # Weighted and added

@@ -18,6 +18,11 @@ NORMS = ("batch", "layer")
 POOLINGS = ("mean", "last", "none")
 
 
+def is_a_graph() -> bool:
+    """Returns whether a graph is made of this call, by compilers, exporters or traces."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class SequenceNorm(nn.Module):
     """BatchNorm or LayerNorm over the channels of sequences (B, L, C), of whose positions padding does not count.
 
@@ -32,14 +37,19 @@ class SequenceNorm(nn.Module):
         super().__init__()
         make: Any = nn.BatchNorm1d if kind == "batch" else nn.LayerNorm
         self.norm = make(dim, device=device, dtype=dtype)
+        self.takes_statistics = kind == "batch"
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Returns sequences (B, L, C), normalised at the positions where the mask (B, L) is True, zero elsewhere."""
         if mask is None:
             return self.norm(x.flatten(0, 1)).view(x.shape)
-        y = torch.zeros_like(x)
-        y[mask] = self.norm(x[mask])  # (positions, C)
-        return y
+        if not (self.training and self.takes_statistics):
+            return self.norm(x.flatten(0, 1)).view(x.shape).masked_fill(~mask.unsqueeze(-1), 0.0)
+        return self._of_real(x, mask)
+
+    @torch.compiler.disable  # how many positions are real is not known in a graph
+    def _of_real(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]))
 
 
 class SequenceBlock(nn.Module):
@@ -289,6 +299,8 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
             return
         if x.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
+        if is_a_graph():  # in which values are not known
+            return
         if len(x) and (x.min() < 0 or x.max() >= self.vocabulary):
             low, high = int(x.min()), int(x.max())
             raise ValueError(f"tokens must lie in 0 … {self.vocabulary - 1}, got {low} … {high}")
@@ -298,7 +310,7 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
             return
         if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be boolean {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
-        if not mask.any(1).all():
+        if not is_a_graph() and not mask.any(1).all():
             raise ValueError("mask must be True somewhere in each sequence: there is one without a position")
 
     def _check_pairs(self, x: Tensor) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, command, contents
+from runs import ALONE, assert_same_run, command, contents
 
 import train_sequences
 from mrconvnext import MRConvSequence
 from mrconvnext.kernels import KERNELS
+from mrconvnext.tasks import tones
 from mrconvnext.tasks.datasets import TASKS, collate, open_task
 from mrconvnext.training import checkpoints
+from mrconvnext.training.precision import Precision
 from mrconvnext.training.presets import METHODS, preset
 from mrconvnext.training.sequences import make_model, parse_args
 
@@ -124,6 +126,26 @@ def test_an_lstm_to_compare_with(listops: Path, tmp_path: Path) -> None:
     x, mask, _ = collate(sequences)
     single = torch.cat([model(sequence[None]) for sequence, _ in sequences])
     torch.testing.assert_close(model(x, mask), single)
+
+
+def test_another_rate_with_kernels_that_follow_it_or_stay(tmp_path: Path) -> None:
+    tones.generate(tmp_path / "tones", {"train": 64, "validation": 16, "test": 40})
+    run = ["--output", tmp_path / "run"]
+    assert main("--task", "tones", "--data-dir", tmp_path / "tones", "--method", "fourier", *TINY, *run) == 0
+    found = {}
+    for name, more in {"kept": ["--keep-kernels"], "resampled": []}.items():
+        model = make_model(parse_args(["--output", str(run[1]), "--evaluate"]))
+        model.load_state_dict(checkpoints.read(run[1] / checkpoints.BEST)[0])
+        found[name] = train_sequences.test(
+            model,
+            parse_args([*map(str, run), "--evaluate", "--test-rate", "2", *more]),
+            ALONE,
+            Precision.of(parse_args([*map(str, run), "--evaluate"]), torch.device("cpu")),
+        )
+        assert found[name]["deployed"]["loss"] == pytest.approx(found[name]["as trained"]["loss"], rel=1e-4)
+    assert found["kept"]["deployed"]["loss"] != pytest.approx(found["resampled"]["deployed"]["loss"], rel=1e-3)
+    whole = json.loads((run[1] / "test.json").read_text())["deployed"]["loss"]
+    assert abs(found["resampled"]["deployed"]["loss"] - whole) < abs(found["kept"]["deployed"]["loss"] - whole)
 
 
 # Presets

@@ -2,6 +2,7 @@
 
 python -m mrconvnext.tasks listops FOLDER
 python -m mrconvnext.tasks pathfinder FOLDER --side 32
+python -m mrconvnext.tasks tones FOLDER
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import listops, pathfinder
+from . import listops, pathfinder, tones
 from .generation import SPLITS
 from .paddles import PARAMETERS
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parser().parse_args(arguments)
     sizes = {split: getattr(args, split) for split in SPLITS}
-    make = listops.generate
+    make: Callable[..., None] = tones.generate if args.task == "tones" else listops.generate
     if args.task == "pathfinder":
         make = functools.partial(pathfinder.generate, side=args.side)
     try:
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, sizes, text in (
         ("listops", listops.SIZES, "nested operations on lists of digits, 500 to 2,000 tokens"),
         ("pathfinder", pathfinder.SIZES, "pictures of dashed snakes; Path-X is --side 128"),
+        ("tones", tones.SIZES, "sounds of a second, to be tried at other sampling rates"),
     ):
         own = tasks.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         own.add_argument("folder", metavar="FOLDER", type=Path, help="where to; it is made")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from . import signals, texts
+from . import signals, texts, tones
 from .errors import DataError
 
 __all__ = ["TASKS", "DataError", "Task", "collate", "open_task"]
@@ -56,6 +56,7 @@ TASKS = {
         Task("pathx", classes=2, vocabulary=0, channels=1, length=128 * 128),
         Task("smnist", classes=10, vocabulary=0, channels=1, length=28 * 28),
         Task("fashion", classes=10, vocabulary=0, channels=1, length=28 * 28),
+        Task("tones", classes=tones.CLASSES, vocabulary=0, channels=1, length=tones.RATE),
         Task("speech", classes=35, vocabulary=0, channels=1, length=signals.SPEECH_RATE),
     )
 }
@@ -167,7 +168,35 @@ class SpeechDataset(Dataset[Sample]):
         return (samples - mean) / deviation, int(self.labels[number])
 
 
-Split = tuple[Dataset[Sample], Dataset[Sample], Dataset[Sample]]
+class ToneDataset(Dataset[Sample]):
+    """Tones, float32 (2000 / rate, 1), and labels.
+
+    Args:
+        sounds: 16 bits (N, 2000).
+        labels: The label of each.
+        rate: One sample in so many is kept.
+    """
+
+    def __init__(self, sounds: NDArray[np.int16], labels: NDArray[np.int64], rate: int) -> None:
+        self.sounds, self.labels, self.rate = sounds, labels, rate
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        samples = self.sounds[index, :: self.rate].astype(np.float32) / 2**14  # deviations of about a half
+        return torch.from_numpy(samples).unsqueeze(-1), int(self.labels[index])
+
+
+class Samples(Protocol):
+    """Sequences and labels by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+Split = tuple[Samples, Samples, Samples]
 
 
 def open_task(name: str, folder: Path, seed: int = 42, rate: int = 1) -> Split:
@@ -179,7 +208,7 @@ def open_task(name: str, folder: Path, seed: int = 42, rate: int = 1) -> Split:
         name: One of `TASKS`.
         folder: Where the data is, in the form that it is published in.
         seed: Draws what is held out for validation, where that is not published, and the three parts of speech.
-        rate: One sample in so many is kept, of speech alone: a model for 16 kHz is tested at 8 kHz with 2.
+        rate: One sample in so many is kept, of speech and tones alone: a model for 16 kHz is tested at 8 kHz with 2.
 
     Raises:
         ValueError: If there is no such task, or `rate` is not one that it can have.
@@ -187,10 +216,13 @@ def open_task(name: str, folder: Path, seed: int = 42, rate: int = 1) -> Split:
     """
     if name not in TASKS:
         raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
-    if rate < 1 or (rate > 1 and name != "speech"):
-        raise ValueError(f"rate must be 1, or for speech more, got {rate} for {name}")
+    if rate < 1 or (rate > 1 and name not in ("speech", "tones")):
+        raise ValueError(f"rate must be 1, or for speech and tones more, got {rate} for {name}")
     if name == "speech":
         return _open_speech(folder, seed, rate)
+    if name == "tones":
+        train, validation, test = (ToneDataset(*part, rate) for part in signals.read_tones(folder))
+        return train, validation, test
     if TASKS[name].vocabulary:
         return _open_tokens(TASKS[name], folder, seed)
     return _open_images(TASKS[name], folder, seed)

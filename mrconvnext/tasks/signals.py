@@ -5,12 +5,13 @@ import wave
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torchvision
 from numpy.typing import NDArray
 
-from . import pathfinder
+from . import pathfinder, tones
 from .errors import damaged, missing
 
 Images = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -106,7 +107,7 @@ def read_pathfinder(folder: Path, side: int) -> list[Images]:
     remedy = f"generate it: python -m mrconvnext.tasks pathfinder FOLDER --side {side}"
     parts = []
     for split in pathfinder.SPLITS:
-        images, labels = (_load(folder / name, remedy) for name in pathfinder.files(split))
+        images, labels = (_load(folder / name, "Pathfinder", remedy) for name in pathfinder.files(split))
         if images.shape != (len(labels), side, side) or images.dtype != np.uint8:
             shape = f"{images.dtype} of {list(images.shape)} for {len(labels)} labels"
             raise damaged(folder / pathfinder.files(split)[0], shape, remedy)
@@ -114,10 +115,27 @@ def read_pathfinder(folder: Path, side: int) -> list[Images]:
     return parts
 
 
-def _load(path: Path, remedy: str) -> NDArray[np.uint8]:
+def read_tones(folder: Path) -> list[tuple[NDArray[np.int16], NDArray[np.int64]]]:
+    """Returns the tones (N, 2000), which stay on the disk, and labels: training, validation, test.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+    remedy = "generate it: python -m mrconvnext.tasks tones FOLDER"
+    parts = []
+    for split in pathfinder.SPLITS:
+        sounds, labels = (_load(folder / name, "tones", remedy) for name in tones.files(split))
+        if sounds.shape != (len(labels), tones.RATE) or sounds.dtype != np.int16:
+            shape = f"{sounds.dtype} of {list(sounds.shape)} for {len(labels)} labels"
+            raise damaged(folder / tones.files(split)[0], shape, remedy)
+        parts.append((sounds, np.array(labels, dtype=np.int64)))
+    return parts
+
+
+def _load(path: Path, title: str, remedy: str) -> NDArray[Any]:
     """Returns an array of numbers that stays in its file."""
     if not path.is_file():
-        raise missing(path, "Pathfinder", remedy)
+        raise missing(path, title, remedy)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (EOFError, OSError, ValueError) as error:

@@ -26,6 +26,11 @@ LOWEST, NOISE = (60.0, 120.0), 0.3
 _BLOCK = 250
 
 
+def files(split: str) -> tuple[str, str]:
+    """Returns the names of a split's files: sounds and labels."""
+    return f"{split}_sounds.npy", f"{split}_labels.npy"
+
+
 def generate(
     folder: Path,
     sizes: Mapping[str, int] = SIZES,
@@ -42,7 +47,7 @@ def generate(
         OSError: If the files can't be written.
     """
     check_request(sizes, seed, processes)
-    names = [f"{split}_{kind}.npy" for split in SPLITS for kind in ("sounds", "labels")]
+    names = [name for split in SPLITS for name in files(split)]
     with whole_files(folder, names) as paths:
         for number, split in enumerate(SPLITS):
             blocks = ordered_blocks(functools.partial(sounds, seed, number), processes)

@@ -50,7 +50,7 @@ GENERAL = {
 }
 
 # Of SGConv, beside the parameters of its kernel.
-SGCONV_ROWS = {
+SGCONV_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "listops": (_row(8, 128, "batch", False, 0.0, 50, 0.01, 0.05, 40), {"taps": 1}),
     "text": (_row(6, 256, "batch", True, 0.0, 16, 0.01, 0.05, 32), {"taps": 2}),
     "retrieval": (_row(6, 256, "batch", True, 0.0, 64, 0.01, 0.05, 20), {"taps": 1}),
@@ -66,7 +66,7 @@ SGCONV_ROWS = {
 }
 
 # Of MultiresConv, which is causal.
-MULTIRES_ROWS = {
+MULTIRES_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "listops": (_row(10, 128, "batch", False, 0.1, 50, 0.003, 0.03, 100), {"taps": 4}),
     "scifar": (_row(10, 256, "layer", False, 0.25, 50, 0.0045, 0.01, 250), {"taps": 2}),
 }
@@ -82,12 +82,14 @@ PATHX = {"concat_decay": 2.0}
 
 def preset(task: str, method: str) -> tuple[str, dict[str, Any]]:
     """Returns where the hyperparameters of a task and method come from, and these by the names of the arguments."""
+    options: dict[str, Any]
     if method == "sgconv" and task in SGCONV_ROWS:
         source, (row, options) = SGCONV, SGCONV_ROWS[task]
     elif method == "multires" and task in MULTIRES_ROWS:
         source, (row, options) = MULTIRES, MULTIRES_ROWS[task]
     else:
-        (source, row), options = GENERAL[task], {}
+        source, row = GENERAL[task]
+        options = {}
         if method in KERNELS and not KERNELS[method].is_single:
             options = {"min_length": MIN_LENGTHS.get(task, MIN_LENGTH), "max_branches": 32}
             options |= PATHX if task == "pathx" else {}

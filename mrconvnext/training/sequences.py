@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     """
     task = TASKS[args.task]
     length = -(-task.length // args.rate)
-    inputs = {"num_classes": task.classes, "vocabulary": task.vocabulary, "channels": task.channels}
+    inputs: dict[str, Any] = {"num_classes": task.classes, "vocabulary": task.vocabulary, "channels": task.channels}
     inputs |= {"dim": args.dim, "depth": args.depth, "dropout": args.dropout, "pairs": task.pairs}
     bidirectional = not args.causal
     try:
@@ -161,7 +161,7 @@ def open_splits(args: argparse.Namespace, rate: int) -> tuple[Any, Any, Any]:
         if args.samples > len(train):
             raise UserError(f"--samples {args.samples} is more than the {len(train)} sequences to train")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(42))
-        train = Subset(train, order[: args.samples].tolist())
+        return Subset(cast(Dataset, train), order[: args.samples].tolist()), validation, test
     return train, validation, test
 
 
