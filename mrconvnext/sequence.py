@@ -3,6 +3,8 @@
 Source: MRConv (Cunningham et al. 2024), section 5, after S4 (Gu et al. 2022).
 """
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -165,6 +167,11 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         if pairs and pooling == "none":
             raise ValueError('pairs need pooling="mean" or "last", got "none"')
         dd = {"device": device, "dtype": dtype}
+        self.arguments = {
+            **{"num_classes": num_classes, "length": length, "vocabulary": vocabulary, "channels": channels},
+            **{"dim": dim, "depth": depth, "norm": norm, "prenorm": prenorm, "dropout": dropout},
+            **{"pooling": pooling, "pairs": pairs, **options},
+        }
         self.length, self.vocabulary, self.channels = length, vocabulary, channels
         self.pooling, self.pairs = pooling, pairs
         self.embedding = nn.Embedding(vocabulary, dim, **dd) if vocabulary else nn.Linear(channels, dim, **dd)
@@ -273,8 +280,16 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         """
         for block in self.blocks:
             block.conv.resample(factor)
-        self.length = self.blocks[0].conv.reference_grid[0]
+        conv = self.blocks[0].conv
+        self.length = conv.reference_grid[0]
+        self.arguments.update(length=self.length, made_for=conv.made_for[0])
         return self
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # The place that huggingface_hub has for it. Its own configuration is that of the model as it was made.
+        super()._save_pretrained(save_directory)
+        text = json.dumps(self.arguments, sort_keys=True, indent=2)
+        (save_directory / "config.json").write_text(text + "\n")
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters that must not decay; see `layer.undecayed_names`."""

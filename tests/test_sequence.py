@@ -196,6 +196,17 @@ def test_resampled_kernels_follow_the_rate() -> None:
     assert errors[0] < 0.1 * errors[1]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resampled_model_travels(fused: bool, tmp_path: Path) -> None:
+    model = model_of(channels=1, kernel="fourier", bidirectional=True).resample(0.5)
+    if fused:
+        model.reparameterize()
+    model.save_pretrained(tmp_path)
+    x = torch.randn(2, 30, 1)
+    loaded = MRConvSequence.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(x), model(x)) and loaded.length == 30
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
