@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mrconvnext"
 
-OF_SCRIPTS = ("training/", "benchmarking/")
+OF_SCRIPTS = ("training/", "benchmarking/", "tasks/")
 
 
 def main() -> None:
