@@ -1,6 +1,7 @@
 """Encoders of sequences: what padding may not change, step by step, both forms, what is refused."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,18 @@ def test_what_can_not_be_run_step_by_step_says_so() -> None:
     model = model_of()
     with pytest.raises(ValueError, match=r"tokens must lie in 0 … 10, got 11"):
         model.step(torch.tensor([11]), model.start(1))
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_document_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert len(examples) == 4
+    names: dict = {}
+    with torch.no_grad():
+        for example in examples:
+            exec(example, names)
+    expected = names["model"](names["tokens"])
+    assert_agree(names["logits"], expected, 1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fused"]
