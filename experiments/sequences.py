@@ -55,8 +55,9 @@ METHODS = {
 }
 
 
-# Small models that leave the machine in 20 minutes; the papers' have some 20 times as many steps, and are wider.
-LISTOPS = "--method fourier --dim 64 --depth 4 --epochs 1 --log-interval 100 --checkpoint-interval 500".split()
+# Small models, for 20 minutes on a core; the papers' are wider and take many times the steps.
+LISTOPS = "--method fourier --dim 64 --depth 4 --samples 64000 --epochs 1 --log-interval 100".split()
+PATHFINDER = "--dim 32 --depth 4 --global-batch 32 --samples 100000 --epochs 4 --log-interval 200".split()
 
 # Tests of weights beside that of their own run.
 HALF_THE_RATE = {"kept": ("--test-rate", "2", "--keep-kernels"), "resampled": ("--test-rate", "2")}
@@ -94,7 +95,10 @@ def all_rows() -> list[Row]:
     ]
     for name in ("MRConv, Fourier", "SGConv"):
         rows += [Row("rate", name, seed, "tones", (*METHODS[name], "--no-causal"), HALF_THE_RATE) for seed in SEEDS]
-    return [*rows, Row("listops", "MRConv, Fourier", 0, "listops", tuple(LISTOPS))]
+    options = (*METHODS["MRConv, Fourier + sparse"], *PATHFINDER)
+    long = [Row("listops", "MRConv, Fourier", 0, "listops", tuple(LISTOPS))]
+    long.append(Row("pathfinder", "MRConv, Fourier + sparse", 0, "pathfinder", options))
+    return [*long, *rows]
 
 
 def main() -> int:
