@@ -219,10 +219,14 @@ class MRConv1d(LongConvolution):
             The outputs (B, C), and the state.
 
         Raises:
-            ValueError: If ``x`` has another shape.
+            TypeError: If ``x`` is not a floating-point tensor.
+            ValueError: If ``x`` has another shape, or the state is of a layer with other channels.
         """
-        if list(x.shape) != [state.batch, self.channels]:
-            raise ValueError(f"x must be [{state.batch}, {self.channels}], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        if len(state.bias) != self.channels or list(x.shape) != [state.batch, self.channels]:
+            expected = f"x must be [{state.batch}, {self.channels}], and the state of as many channels"
+            raise ValueError(f"{expected}, got {list(x.shape)} and {len(state.bias)} channels")
         return state.step(x), state
 
     def resample(self, factor: float) -> None:

@@ -318,9 +318,9 @@ def norm_of_real(norm: Any, c: Tensor, mask: Optional[Tensor]) -> Tensor:
     """
     if mask is None:
         return norm(c)
-    c = c.squeeze(-1).mT  # (B, L, N·C)
+    c = c.squeeze(-1).transpose(1, 2)  # (B, L, N·C)
     real = norm(c[mask][:, :, None, None]).flatten(1)  # (positions, N·C)
-    return torch.zeros_like(c).masked_scatter(mask.unsqueeze(-1), real).mT.unsqueeze(-1)
+    return torch.zeros_like(c).masked_scatter(mask.unsqueeze(-1), real).transpose(1, 2).unsqueeze(-1)
 
 
 # Weighted and added

@@ -95,7 +95,7 @@ class BranchOptions:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.alpha_init is not None and not _is_finite(self.alpha_init):
             raise ValueError(f"alpha_init must be a finite number or None, got {self.alpha_init!r}")
-        if self.kernel not in KERNELS:
+        if not isinstance(self.kernel, str) or self.kernel not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.norm not in NORMS:
             raise ValueError(f"branch_norm must be one of {', '.join(NORMS)}, got {self.branch_norm!r}")
@@ -104,6 +104,8 @@ class BranchOptions:
                 f'sync_norm is for branch_norm="parseval", got {self.norm!r}: '
                 "use nn.SyncBatchNorm.convert_sync_batchnorm for BatchNorm"
             )
+        if not isinstance(self.kernel_args, Mapping):
+            raise ValueError(f"kernel_args must be names with their values, got {self.kernel_args!r}")
         self._check_concatenation()
 
     def _check_concatenation(self) -> None:

@@ -1,115 +1,62 @@
-"""Encoders of sequences: S4's block with an `MRConv1d` in the place of the state-space layer.
+"""Encoders of sequences, of S4's blocks with an `MRConv1d` in the place of the state-space layer.
 
 Source: MRConv (Cunningham et al. 2024), section 5, after S4 (Gu et al. 2022).
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .layer import kernel_names, undecayed_names
 from .mrconv import MRConv1d
-from .options import check_positive
+from .options import BranchOptions, check_positive
+from .sequence_block import NORMS, SequenceBlock, SequenceNorm, is_a_graph
 from .streaming import Stream
 
-NORMS = ("batch", "layer")
+# Arguments of the layers that the encoder leaves to them.
+LAYER_OPTIONS = (*(field.name for field in fields(BranchOptions)), "inference_mode", "exportable", "made_for")
+
 POOLINGS = ("mean", "last", "none")
 
 
-def is_a_graph() -> bool:
-    """Returns whether a graph is made of this call, by compilers, exporters or traces."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+# Of jinja2, as huggingface_hub takes it.
+CARD = """---
+{{ card_data }}
+---
 
+An encoder of sequences with multi-resolution convolutions (MRConv, Cunningham et al. 2024). With mrconvnext installed:
 
-class SequenceNorm(nn.Module):
-    """BatchNorm or LayerNorm over the channels of sequences (B, L, C), of whose positions padding does not count.
+```python
+from mrconvnext import MRConvSequence
 
-    Args:
-        kind: One of `NORMS`.
-        dim: Number of channels C.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-    """
-
-    def __init__(self, kind: str, dim: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        make: Any = nn.BatchNorm1d if kind == "batch" else nn.LayerNorm
-        self.norm = make(dim, device=device, dtype=dtype)
-        self.takes_statistics = kind == "batch"
-
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Returns sequences (B, L, C), normalised at the positions where the mask (B, L) is True, zero elsewhere."""
-        if mask is None:
-            return self.norm(x.flatten(0, 1)).view(x.shape)
-        if not (self.training and self.takes_statistics):
-            return self.norm(x.flatten(0, 1)).view(x.shape).masked_fill(~mask.unsqueeze(-1), 0.0)
-        return self._of_real(x, mask)
-
-    @torch.compiler.disable  # how many positions are real is not known in a graph
-    def _of_real(self, x: Tensor, mask: Tensor) -> Tensor:
-        return torch.zeros_like(x).masked_scatter(mask.unsqueeze(-1), self.norm(x[mask]))
-
-
-class SequenceBlock(nn.Module):
-    """MRConv → GELU → dropout → pointwise → GLU → dropout → residual, with a norm before or after it.
-
-    Dropout is of whole channels. The published accounts of MRConv's block differ in where it stands; S4 and
-    MultiresConv have it in both places.
-
-    Args:
-        conv: The long convolution of the channels.
-        norm: Kind of norm, one of `NORMS`.
-        prenorm: Whether the norm stands before.
-        dropout: Rate of the dropout.
-    """
-
-    def __init__(self, conv: MRConv1d, norm: str, prenorm: bool, dropout: float, device: Any, dtype: Any) -> None:
-        super().__init__()
-        dim = conv.channels
-        self.prenorm = prenorm
-        self.norm = SequenceNorm(norm, dim, device=device, dtype=dtype)
-        self.conv = conv
-        self.pointwise = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
-        self.dropout = nn.Dropout1d(dropout)
-
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Returns sequences (B, L, C); of padding, where the mask (B, L) is False, nothing depends on what is there."""
-        y = self.norm(x, mask) if self.prenorm else x
-        y = self.mix_channels(self.conv(y.mT, mask).mT)
-        return x + y if self.prenorm else self.norm(x + y, mask)
-
-    def mix_channels(self, y: Tensor) -> Tensor:
-        """Returns what the block makes, position by position, of the convolution's output (B, L, C)."""
-        y = self.dropout(nn.functional.gelu(y).mT).mT
-        return self.dropout(nn.functional.glu(self.pointwise(y), dim=-1).mT).mT
-
-    def step(self, x: Tensor, stream: Stream) -> Tensor:
-        """Returns the next position (B, C) of the output for the next one of the input, in evaluation."""
-        y = self.norm(x.unsqueeze(1)).squeeze(1) if self.prenorm else x
-        y = self.mix_channels(stream.step(y).unsqueeze(1)).squeeze(1)
-        return x + y if self.prenorm else self.norm((x + y).unsqueeze(1)).squeeze(1)
+model = MRConvSequence.from_pretrained("this repository or folder").eval()
+```
+"""
 
 
 class EncoderState:
     """What `MRConvSequence.step` has seen so far.
 
     Attributes:
+        batch: Number of sequences B.
         streams: Those of the layers.
         total: Sum (B, C) of the encoded positions.
         count: Number of positions.
     """
 
-    def __init__(self, streams: list[Stream]) -> None:
-        self.streams = streams
+    def __init__(self, batch: int, streams: list[Stream]) -> None:
+        self.batch, self.streams = batch, streams
         self.total: Optional[Tensor] = None
         self.count = 0
 
 
-class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext"):
+class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext", model_card_template=CARD):
     """An encoder of sequences, of tokens or of vectors, with a head.
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are those of huggingface_hub: a folder or repository
@@ -128,7 +75,7 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         pooling: "mean" over the positions, "last" position, or "none": an output for each position.
         pairs: Whether the input is pairs of sequences, of which the head compares the pooled features.
         device: Device of the parameters.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, or its name.
         **options: Of `MRConv1d`: ``bidirectional``, ``kernel`` and others.
 
     Raises:
@@ -157,21 +104,13 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("length", length), ("dim", dim), ("depth", depth)):
-            check_positive(name, value)
-        for name, word, allowed in (("norm", norm, NORMS), ("pooling", pooling, POOLINGS)):
-            if word not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
-        if (vocabulary > 0) == (channels > 0):
-            raise ValueError(f"give vocabulary or channels, one of the two; got {vocabulary!r} and {channels!r}")
-        if pairs and pooling == "none":
-            raise ValueError('pairs need pooling="mean" or "last", got "none"')
-        dd = {"device": device, "dtype": dtype}
         self.arguments = {
             **{"num_classes": num_classes, "length": length, "vocabulary": vocabulary, "channels": channels},
             **{"dim": dim, "depth": depth, "norm": norm, "prenorm": prenorm, "dropout": dropout},
             **{"pooling": pooling, "pairs": pairs, **options},
         }
+        check_arguments(**self.arguments)
+        dd = {"device": device, "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
         self.length, self.vocabulary, self.channels = length, vocabulary, channels
         self.pooling, self.pairs = pooling, pairs
         self.embedding = nn.Embedding(vocabulary, dim, **dd) if vocabulary else nn.Linear(channels, dim, **dd)
@@ -195,35 +134,25 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
                 range.
         """
         if not self.pairs:
-            return self.head(self.pooled(self.encode(x, mask), mask))
-        self._check_pairs(x)
+            return self.head(pooled(self.encode(x, mask), mask, self.pooling))
+        if x.dim() < 3 or x.shape[1] != 2:
+            raise ValueError(f"x must be pairs of sequences, (B, 2, L) or (B, 2, L, channels), got {list(x.shape)}")
+        check_mask(mask, x.shape[:3])
         mask = None if mask is None else mask.flatten(0, 1)
-        first, second = self.pooled(self.encode(x.flatten(0, 1), mask), mask).unflatten(0, (-1, 2)).unbind(1)
+        both = pooled(self.encode(x.flatten(0, 1), mask), mask, self.pooling)
+        first, second = both.unflatten(0, (-1, 2)).unbind(1)
         return self.head(torch.cat([first, second, first * second, first - second], dim=-1))
 
     def encode(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Returns the features (B, L, dim) of each position; the arguments are those of `forward`, of no pairs."""
-        self._check_input(x)
-        self._check_mask(mask, x)
+        check_sequences(x, self.vocabulary, self.channels, self.length)
+        check_mask(mask, x.shape[:2])
+        if mask is not None and not self.vocabulary:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # gradients too would take what is there
         x = self.embedding(x)
         for block in self.blocks:
             x = block(x, mask)
         return x if self.norm is None else self.norm(x, mask)
-
-    def pooled(self, features: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """Returns features (B, L, dim) as the head takes them: pooled over the positions that are real."""
-        if self.pooling == "none":
-            return features
-        if self.pooling == "mean":
-            if mask is None:
-                return features.mean(1)
-            real = mask.unsqueeze(-1)
-            return (features * real).sum(1) / real.sum(1)
-        if mask is None:
-            return features[:, -1]
-        position = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * position).amax(1)
-        return features[torch.arange(len(features), device=mask.device), last]
 
     # Position by position
 
@@ -238,10 +167,13 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
             raise RuntimeError("start is for a model in evaluation: call eval() before")
         if self.pairs:
             raise ValueError("start is for one sequence at a time, and this model compares pairs")
-        return EncoderState([block.conv.start(batch) for block in self.blocks])
+        return EncoderState(batch, [block.conv.start(batch) for block in self.blocks])
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: EncoderState) -> tuple[Tensor, EncoderState]:
         """Returns what `forward` would for the positions so far, the last of them ``x``, and the state after it.
+
+        Without gradients.
 
         Without pooling that is the output at the last position. There may be any number of positions; kernels reach
         over the last ``length``.
@@ -252,8 +184,19 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
 
         Returns:
             The head's output (B, num_classes), and the state.
+
+        Raises:
+            RuntimeError: If the model is in training mode.
+            ValueError: If ``x`` has another shape, the state is of another model, or tokens are out of range.
         """
-        self._check_input(x.unsqueeze(1))
+        if self.training:
+            raise RuntimeError("step is for a model in evaluation: call eval() before")
+        shape = [state.batch] if self.vocabulary else [state.batch, self.channels]
+        if list(x.shape) != shape:
+            raise ValueError(f"x must be {shape}, for the state of {state.batch} sequences, got {list(x.shape)}")
+        if len(state.streams) != len(self.blocks):
+            raise ValueError(f"state must be of a model of {len(self.blocks)} blocks, got {len(state.streams)}")
+        check_sequences(x.unsqueeze(1), self.vocabulary, self.channels, self.length)
         x = self.embedding(x)
         for block, stream in zip(self.blocks, state.streams):
             x = block.step(x, stream)
@@ -285,11 +228,27 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         self.arguments.update(length=self.length, made_for=conv.made_for[0])
         return self
 
+    # The places that huggingface_hub has for what a library does differently.
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        # The place that huggingface_hub has for it. Its own configuration is that of the model as it was made.
         super()._save_pretrained(save_directory)
-        text = json.dumps(self.arguments, sort_keys=True, indent=2)
+        dtype = str(self.head.weight.dtype).removeprefix("torch.")
+        text = json.dumps({**self.arguments, "dtype": dtype}, sort_keys=True, indent=2)
         (save_directory / "config.json").write_text(text + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> "MRConvSequence":
+        """Returns the model of a folder or repository, in the form and type of its weights; see huggingface_hub.
+
+        Raises:
+            ValueError: If there is none, or one that is damaged or incomplete.
+        """
+        source = pretrained_model_name_or_path
+        check_config(Path(source))
+        try:
+            return super().from_pretrained(source, strict=True, **options)
+        except (RuntimeError, SafetensorError, TypeError) as error:
+            raise ValueError(f"{source} does not hold an MRConvSequence: {' '.join(str(error).split())}") from error
 
     def no_weight_decay(self) -> set[str]:
         """Returns the names of the parameters that must not decay; see `layer.undecayed_names`."""
@@ -299,35 +258,98 @@ class MRConvSequence(nn.Module, PyTorchModelHubMixin, library_name="mrconvnext")
         """Returns the names of the parameters of long kernels, which take a smaller learning rate than the others."""
         return kernel_names(self)
 
-    # What is refused
 
-    def _check_input(self, x: Tensor) -> None:
-        dims = 2 if self.vocabulary else 3
-        if x.dim() != dims or (dims == 3 and x.shape[2] != self.channels):
-            shape = "tokens (B, L)" if self.vocabulary else f"vectors (B, L, {self.channels})"
-            raise ValueError(f"x must be {shape}, got {list(x.shape)}")
-        if not 1 <= x.shape[1] <= self.length:
-            raise ValueError(f"sequences must have from 1 to length={self.length} positions, got {x.shape[1]}")
-        if self.vocabulary == 0:
-            if not x.is_floating_point():
-                raise TypeError(f"x must be of floating-point numbers, got {x.dtype}")
-            return
-        if x.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
-        if is_a_graph():  # in which values are not known
-            return
-        if len(x) and (x.min() < 0 or x.max() >= self.vocabulary):
-            low, high = int(x.min()), int(x.max())
-            raise ValueError(f"tokens must lie in 0 … {self.vocabulary - 1}, got {low} … {high}")
-
-    def _check_mask(self, mask: Optional[Tensor], x: Tensor) -> None:
+def pooled(features: Tensor, mask: Optional[Tensor], pooling: str) -> Tensor:
+    """Returns features (B, L, dim) as the head takes them: pooled over the positions that are real."""
+    if pooling == "none":
+        return features
+    if pooling == "mean":
         if mask is None:
-            return
-        if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be boolean {list(x.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
-        if not is_a_graph() and not mask.any(1).all():
-            raise ValueError("mask must be True somewhere in each sequence: there is one without a position")
+            return features.mean(1)
+        real = mask.unsqueeze(-1)
+        return (features * real).sum(1) / real.sum(1)
+    if mask is None:
+        return features[:, -1]
+    position = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * position).amax(1)
+    return features[torch.arange(len(features), device=mask.device), last]
 
-    def _check_pairs(self, x: Tensor) -> None:
-        if x.dim() < 3 or x.shape[1] != 2:
-            raise ValueError(f"x must be pairs of sequences, (B, 2, L) or (B, 2, L, channels), got {list(x.shape)}")
+
+def check_sequences(x: Tensor, vocabulary: int, channels: int, length: int) -> None:
+    """Raises if ``x`` is neither tokens (B, L) nor vectors (B, L, channels), whichever it should be; see `forward`."""
+    dims = 2 if vocabulary else 3
+    if x.dim() != dims or (dims == 3 and x.shape[2] != channels):
+        shape = "tokens (B, L)" if vocabulary else f"vectors (B, L, {channels})"
+        raise ValueError(f"x must be {shape}, got {list(x.shape)}")
+    if not 1 <= x.shape[1] <= length:
+        raise ValueError(f"sequences must have from 1 to length={length} positions, got {x.shape[1]}")
+    if vocabulary == 0:
+        if not x.is_floating_point():
+            raise TypeError(f"x must be of floating-point numbers, got {x.dtype}")
+        return
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be int64 or int32, got {x.dtype}")
+    if is_a_graph():  # in which values are not known
+        return
+    if len(x) and (x.min() < 0 or x.max() >= vocabulary):
+        raise ValueError(f"tokens must lie in 0 … {vocabulary - 1}, got {int(x.min())} … {int(x.max())}")
+
+
+def check_config(folder: Path) -> None:
+    """Raises a ValueError if what is a folder has no configuration that can be read."""
+    if not folder.is_dir():
+        return  # but a repository
+    try:
+        if not isinstance(json.loads((folder / "config.json").read_text()), dict):
+            raise ValueError("config.json does not hold names with their values")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold an MRConvSequence: config.json can't be read ({error})") from error
+
+
+def check_mask(mask: Optional[Tensor], shape: torch.Size) -> None:
+    """Raises a ValueError if a mask is not boolean or of another shape, or if a sequence is padding alone."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask must be boolean {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if not is_a_graph() and not mask.any(-1).all():
+        raise ValueError("mask must be True somewhere in each sequence: there is one without a position")
+
+
+def check_arguments(
+    num_classes: int,
+    length: int,
+    vocabulary: int,
+    channels: int,
+    dim: int,
+    depth: int,
+    norm: str,
+    prenorm: bool,
+    dropout: float,
+    pooling: str,
+    pairs: bool,
+    **options: Any,
+) -> None:
+    """Raises a ValueError if an argument of `MRConvSequence` is outside its range, a TypeError if one is unknown."""
+    for name, value in (("num_classes", num_classes), ("length", length), ("dim", dim), ("depth", depth)):
+        check_positive(name, value)
+    for name, word, allowed in (("norm", norm, NORMS), ("pooling", pooling, POOLINGS)):
+        if word not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {word!r}")
+    for name, value in (("prenorm", prenorm), ("pairs", pairs)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+    for name, value in (("vocabulary", vocabulary), ("channels", channels)):
+        if value != 0:
+            check_positive(name, value)
+    if (vocabulary > 0) == (channels > 0):
+        raise ValueError(f"give vocabulary or channels, one of the two; got {vocabulary!r} and {channels!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
+    if pairs and pooling == "none":
+        raise ValueError('pairs need pooling="mean" or "last", got "none"')
+    for name in options:
+        if name not in LAYER_OPTIONS:
+            raise TypeError(
+                f"{name!r} is not an argument of the encoder, nor of its layers: {', '.join(LAYER_OPTIONS)}"
+            )

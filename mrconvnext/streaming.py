@@ -24,9 +24,11 @@ class Stream(Protocol):
 
     Attributes:
         batch: Number of sequences B.
+        bias: Bias of each channel (C).
     """
 
     batch: int
+    bias: Tensor
 
     def step(self, x: Tensor) -> Tensor:
         """Returns the layer's output (B, C) at the next position, whose input is ``x`` (B, C), which it takes in."""
@@ -133,7 +135,8 @@ def start_stream(layer: Any, batch: int) -> Stream:
         batch: Number of sequences.
 
     Raises:
-        RuntimeError: If the layer is bidirectional, or would take statistics of a batch.
+        RuntimeError: If the layer is bidirectional, or its deployed kernel reaches ahead, or it would take statistics
+            of a batch.
     """
     if layer.bidirectional:
         raise RuntimeError(
@@ -145,6 +148,8 @@ def start_stream(layer: Any, batch: int) -> Stream:
         return _structured(layer, batch)
     kernel, bias = layer.merged_kernel()
     lags = kernel.shape[-1] // 2 + 1
+    if (kernel[:, : lags - 1].abs() > 1e-4 * kernel.abs().max()).any():
+        raise RuntimeError("the kernel reaches ahead: the weights are those of a layer with bidirectional=True")
     return BlockStream(at_least_float32(kernel[:, lags - 1 :]).contiguous(), at_least_float32(bias), batch)
 
 

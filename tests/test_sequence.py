@@ -1,12 +1,16 @@
 """Encoders of sequences: what padding may not change, step by step, both forms, what is refused."""
 
 import copy
+import json
 import re
+import warnings
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from helpers import assert_agree, randomize
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mrconvnext import MRConvSequence
@@ -219,6 +223,9 @@ def test_a_resampled_model_travels(fused: bool, tmp_path: Path) -> None:
         (dict(channels=3, vocabulary=3), "give vocabulary or channels, one of the two; got 3 and 3"),
         (dict(vocabulary=0), "give vocabulary or channels"),
         (dict(pairs=True, pooling="none"), "pairs need pooling"),
+        (dict(vocabulary=5.0), "vocabulary must be an integer of at least 1, got 5.0"),
+        (dict(dropout=2), "dropout must be a number from 0 to 1, got 2"),
+        (dict(prenorm="yes"), "prenorm must be True or False, got 'yes'"),
         (dict(min_length=100), "min_length must be an integer from 1 to the sequence's length 60"),
     ],
 )
@@ -257,6 +264,93 @@ def test_inputs_of_another_type_are_named() -> None:
         model_of(channels=2)(TOKENS[..., None].float())
     with pytest.raises(ValueError, match=r"pairs of sequences, \(B, 2, L\) .* got \[2, 10\]"):
         model_of(pairs=True)(TOKENS)
+
+
+def test_steps_keep_no_graph_and_leave_the_model_as_it_is() -> None:
+    model = model_of()
+    state = model.start(2)
+    for _ in range(3):
+        y, state = model.step(torch.zeros(2, dtype=torch.int64), state)
+    assert not y.requires_grad and not state.total.requires_grad
+    assert torch.equal(
+        model.step(torch.ones(2, dtype=torch.int64), copy.deepcopy(state))[0],
+        model.step(torch.ones(2, dtype=torch.int64), state)[0],
+    )
+    with pytest.raises(RuntimeError, match=r"step is for a model in evaluation: call eval\(\) before"):
+        model.train().step(torch.zeros(2, dtype=torch.int64), state)
+
+
+def test_states_of_others_are_refused() -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match=r"x must be \[4\], for the state of 4 sequences, got \[1\]"):
+        model.step(torch.zeros(1, dtype=torch.int64), model.start(4))
+    with pytest.raises(ValueError, match="state must be of a model of 2 blocks, got 3"):
+        model.step(torch.zeros(1, dtype=torch.int64), model_of(depth=3).start(1))
+    with pytest.raises(ValueError, match="got .* 4 channels"):
+        model.step(torch.zeros(1, dtype=torch.int64), model_of(dim=4).start(1))
+    other = model_of(bidirectional=True).reparameterize()
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="reaches ahead"):
+        model.start(1)
+
+
+def test_padding_that_is_no_number_leaves_gradients_alone() -> None:
+    model = model_of(channels=2, bidirectional=True).train()
+    model(*padded(sequences_of(model), fill=float("nan"))).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_masks_of_pairs_have_their_shape() -> None:
+    pairs = torch.zeros(3, 2, 10, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"mask must be boolean \[3, 2, 10\], got torch.bool \[2, 3, 10\]"):
+        model_of(pairs=True)(pairs, torch.ones(2, 3, 10, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_type_travels(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of(dtype=dtype)
+    model.save_pretrained(tmp_path)
+    loaded = MRConvSequence.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(TOKENS), model(TOKENS)) and loaded.head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", ["head.bias", "blocks.1.conv.", "depth", "kernel", "norm", "config", "weights"])
+def test_what_does_not_fit_is_refused(change: str, fused: bool, tmp_path: Path) -> None:
+    if fused and change == "kernel":
+        return  # whose name makes no difference to the deployed form
+    model = model_of(kernel="fourier")
+    (model.reparameterize() if fused else model).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if change == "config":
+        config.write_text("oak")
+    elif change == "weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif change in ("depth", "kernel", "norm"):
+        other = {"depth": 3, "kernel": "sparse", "norm": "layer"}[change]
+        config.write_text(json.dumps({**json.loads(config.read_text()), change: other}))
+    else:
+        save_file({name: x for name, x in load_file(weights).items() if not name.startswith(change)}, weights)
+    with pytest.raises(ValueError, match=f"{tmp_path.name} does not hold an MRConvSequence"):
+        MRConvSequence.from_pretrained(tmp_path)
+
+
+def test_folders_that_hold_no_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not hold an MRConvSequence.*config.json"):
+        MRConvSequence.from_pretrained(tmp_path)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    model = model_of(exportable=True, bidirectional=True).reparameterize()
+    batch, mask = padded(sequences_of(model))
+    for dynamo in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (batch, mask), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        inputs = dict(zip((own.name for own in session.get_inputs()), (batch.numpy(), mask.numpy())))
+        (found,) = session.run(None, inputs)
+        assert_agree(torch.from_numpy(found), model(batch, mask), 1e-5)
 
 
 def test_what_can_not_be_run_step_by_step_says_so() -> None:

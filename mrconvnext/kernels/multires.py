@@ -175,6 +175,10 @@ def wavelet_filters(name: str) -> Tensor:
     except ImportError as error:
         message = f"kernel_args: wavelet={name!r} needs PyWavelets: pip install 'mrconvnext[wavelets]'"
         raise ImportError(message) from error
+    if name not in pywt.wavelist(kind="discrete"):
+        raise ValueError(
+            f"kernel_args: wavelet must be the name of a discrete one of PyWavelets, such as 'db4', got {name!r}"
+        )
     wavelet = pywt.Wavelet(name)
     return torch.tensor([wavelet.dec_lo[::-1], wavelet.dec_hi[::-1]])
 

@@ -140,7 +140,7 @@ class SGConvKernel(nn.Module):
     ) -> None:
         super().__init__()
         _check({"merge": merge, "interpolation": interpolation, "start": start, "decay": decay})
-        _check_numbers(decay_min, decay_max, init_scale)
+        _check_numbers(decay_min, decay_max, init_scale, most=max(1, math.ceil(math.log2(max(1.0, length / taps)))))
         dd = {"device": device, "dtype": dtype}
         scales = max(1, 1 + math.ceil(math.log2(length / taps)) - init_scale)
         self.length, self.concatenated, self.interpolation = length, merge == "cat", interpolation
@@ -184,14 +184,17 @@ def _check(given: dict[str, str]) -> None:
             raise ValueError(f"kernel_args: {name} must be one of {', '.join(_ALLOWED[name])}, got {value!r}")
 
 
-def _check_numbers(decay_min: float, decay_max: float, init_scale: int) -> None:
-    if not 0 < decay_min <= decay_max < math.inf:
+def _check_numbers(decay_min: float, decay_max: float, init_scale: int, most: int) -> None:
+    for value in (decay_min, decay_max):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"kernel_args: decay_min and decay_max must be numbers above 0, got {value!r}")
+    if decay_min > decay_max:
+        raise ValueError(f"kernel_args: decay_min must not be above decay_max, got {decay_min!r} and {decay_max!r}")
+    if not isinstance(init_scale, int) or isinstance(init_scale, bool) or not 0 <= init_scale <= most:
         raise ValueError(
-            f"kernel_args: decay_min and decay_max must be numbers above 0, the first not above the second, got "
-            f"{decay_min!r} and {decay_max!r}"
+            f"kernel_args: init_scale must be an integer from 0 to {most}, from where on one piece is as long as the "
+            f"kernel, got {init_scale!r}"
         )
-    if not isinstance(init_scale, int) or isinstance(init_scale, bool) or not 0 <= init_scale <= 20:
-        raise ValueError(f"kernel_args: init_scale must be an integer from 0 to 20, got {init_scale!r}")
 
 
 @torch.no_grad()
