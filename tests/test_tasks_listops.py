@@ -1,6 +1,10 @@
 """The generator of ListOps: its distribution, its values by another method, and that it is repeatable."""
 
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -157,8 +161,8 @@ def test_files_are_whole_or_not_there(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(sizes={"train": 1}), "sizes must give at least 1"),
-        (dict(sizes={**SIZES, "test": 0}), "sizes must give at least 1"),
+        (dict(sizes={"train": 1}), "there must be at least 1 for each of train"),
+        (dict(sizes={**SIZES, "test": 0}), "there must be at least 1 for each of train"),
         (dict(sizes=SIZES, seed=-1), "seed must be at least 0, got -1"),
         (dict(sizes=SIZES, processes=0), "processes must be at least 1, got 0"),
     ],
@@ -181,3 +185,16 @@ def test_command_tells_errors_in_one_line(tmp_path, caplog):
     assert command.main(["listops", str(tmp_path / "file"), "--processes", "1"]) == 2
     assert command.main(["listops", str(tmp_path / "data"), "--train", "0"]) == 2
     assert [record.getMessage().count("\n") for record in caplog.records] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_generator_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mrconvnext.tasks", "listops", str(tmp_path / "data"), "--processes", "2"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("data/.writing-*")):
+            time.sleep(0.05)
+        time.sleep(3)  # its processes are at work
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130
+        assert "interrupted, nothing was written" in process.stderr.read()
+    assert not list((tmp_path / "data").iterdir())

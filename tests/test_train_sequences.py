@@ -176,6 +176,10 @@ def test_presets_are_the_published_ones() -> None:
     args = parse_args("--task listops --method multires --data-dir x --output y".split())
     assert (args.depth, args.dim, args.dropout, args.lr, args.epochs) == (10, 128, 0.1, 0.003, 100)
     assert args.causal and args.options == {"taps": 4} and args.kernel_lr_scale == 1
+    args = parse_args("--task listops --data-dir x --output y --epochs 2".split())
+    assert args.warmup_epochs == pytest.approx(0.1)
+    args = parse_args("--task tones --data-dir x --output y --rate 200".split())
+    assert args.options["min_length"] == 10
     args = parse_args("--task pathx --method fourier --data-dir x --output y --no-prenorm --options modes=3".split())
     assert args.options["concat_decay"] == 2.0 and args.options["modes"] == 3 and not args.prenorm
     assert {kind for kind in KERNELS} < set(METHODS)
@@ -189,9 +193,8 @@ def test_presets_are_the_published_ones() -> None:
     [
         (["--samples", "81"], "--samples 81 is more than the 80 sequences to train"),
         (["--global-batch", "81"], "--global-batch 81 is more than the 80 sequences to train"),
-        (["--rate", "2"], "rate must be 1"),
+        (["--rate", "2"], "--task listops at --rate or --test-rate 2: rate must be 1"),
         (["--options", "taps=-1"], "--options: taps must be an integer of at least 1, got -1"),
-        (["--options", "oak=1"], "--options: 'oak' is not an argument of the layer"),
         (["--data-dir", "nowhere"], "python -m mrconvnext.tasks listops"),
         (["--opt", "oak"], "--opt oak"),
     ],
@@ -213,6 +216,16 @@ def test_bad_arguments_are_one_line(
         ("--task oak --data-dir x --output y", "invalid choice: 'oak'"),
         ("--task listops --method oak --data-dir x --output y", "invalid choice: 'oak'"),
         ("--output y --evaluate", "--output y does not hold a run"),
+        (
+            "--task listops --data-dir x --output y --options oak=1",
+            "--options oak: --method fourier_sparse has the options",
+        ),
+        (
+            "--task listops --data-dir x --output y --options kernel=sparse",
+            "--options kernel: --method fourier_sparse has",
+        ),
+        ("--task listops --data-dir x --output y --method lstm --options taps=3", "--method lstm has no options"),
+        ("--task tones --data-dir x --output y --rate 3000", "must be at most the 2000 positions of the task"),
     ],
 )
 def test_missing_and_unknown_words_are_named(words: str, message: str, capsys: pytest.CaptureFixture) -> None:

@@ -9,6 +9,7 @@ import argparse
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,12 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make: Callable[..., None] = tones.generate if args.task == "tones" else listops.generate
     if args.task == "pathfinder":
         make = functools.partial(pathfinder.generate, side=args.side)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with _Progress(sum(sizes.values())) as progress:
             make(folder=args.folder, sizes=sizes, seed=args.seed, processes=args.processes, progress=progress)
     except (OSError, ValueError) as error:
         _logger.error("%s: %s", args.task, error)
         return 2
+    except KeyboardInterrupt:
+        _logger.error("%s: interrupted, nothing was written", args.task)
+        return 130
     _logger.info("%s: written to %s", args.task, args.folder)
     return 0
 

@@ -15,7 +15,7 @@ def missing(path: Path, title: str, remedy: str) -> DataError:
         title: What data set it is of.
         remedy: How to get that.
     """
-    return DataError(f"{path} is missing, which {title} has; {remedy}")
+    return DataError(f"{path} is missing, a part of {title}; {remedy}")
 
 
 def damaged(path: Path, problem: object, remedy: str) -> DataError:

@@ -227,6 +227,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop-path", type=fraction, help="rate of stochastic depth (default: 0.1, small 0.4, base and large 0.5)")
     add("--ls-init", type=number, help="initial value of the layer scales (default: 1e-6)")
     add("--sync-norm", action="store_true", help="branch statistics over all processes (default: each its own)")
+    add("--channels-last", action="store_true", help="images in channels-last order")
+    add("--license", help="licence of the weights, for the model cards (default: none is stated)")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
 
 
@@ -250,15 +252,19 @@ def add_optimization_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opt-betas", type=fraction, nargs=2, help="its betas (default: its own)")
     add("--lr", type=above_zero, default=4e-3, help="highest learning rate (default: %(default)s)")
     add("--kernel-lr-scale", type=amount, default=0.25, help="factor of the kernels' rate (default: %(default)s)")
-    add("--weight-decay", type=amount, default=0.05, help="of all but kernels, norms, biases (default: %(default)s)")
+    add(
+        "--weight-decay",
+        type=amount,
+        default=0.05,
+        help="of all but norms, biases, MRConv's kernels (default: %(default)s)",
+    )
     add("--layer-decay", type=part, help="factor of the learning rate from layer to layer (default: none)")
     add("--clip-grad", type=above_zero, help="largest norm of the gradient (default: none)")
     add("--warmup-epochs", type=amount, default=20, help="(default: %(default)s)")
     add("--warmup-lr", type=amount, default=0.0, help="learning rate at the start (default: %(default)s)")
     add("--min-lr", type=amount, default=1e-6, help="learning rate at the end (default: %(default)s)")
-    add(
-        "--model-ema-decay", type=fraction, default=0.9999, help="of the averaged weights, 0 for none (default: 0.9999)"
-    )
+    ema = "of the averaged weights, 0 for none (default: %(default)s)"
+    add("--model-ema-decay", type=fraction, default=0.9999, help=ema)
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -281,13 +287,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="", choices=("", "auto"), help=resume)
     evaluate = "evaluate the run's best weights, or those given, as they are and deployed"
     add("--evaluate", action="store_true", help=evaluate)
-    add("--license", help="licence of the weights, for the model cards (default: none is stated)")
     add("--seed", type=seed, default=42, help="(default: %(default)s)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cuda", "cpu"), default=device, help="(default: %(default)s)")
     add("--model-dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")
     add("--amp-dtype", choices=("bfloat16", "float16"), help="autocast to this type (default: none)")
-    add("--channels-last", action="store_true", help="images in channels-last order")
     add("--torchcompile", action="store_true", help="compile the model")
     modes = ("reduce-overhead", "max-autotune")
     add("--torchcompile-mode", choices=modes, help="of torch.compile; reduce-overhead: by CUDA graphs")

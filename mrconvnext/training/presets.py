@@ -1,8 +1,9 @@
 """Hyperparameters of the sequence tasks, by task and method, and where they come from.
 
-MRConv's own stand in its paper as pictures alone (Cunningham et al. 2024, tables 5 and 6); those of S4 (Gu et al. 2022)
-and SGConv (Li et al. 2022), whose block and tasks it shares, take their place. Warm-up is a twentieth of a run, which
-none of them states for all tasks.
+MRConv's own stand in its paper as pictures alone (Cunningham et al. 2024, tables 5, 6). Those of S4 (Gu et al. 2022),
+SGConv (Li et al. 2022) and, for sequential CIFAR, MultiresConv (Shi et al. 2023), whose tasks it shares, take their
+place; so do they where SGConv and MultiresConv have none for a task. What is missing in S4's, weight decay and the
+norm's place of some tasks, is SGConv's. Warm-up is a twentieth of a run, which none of them states for all.
 """
 
 from typing import Any
@@ -13,6 +14,9 @@ METHODS = (*KERNELS, "lstm")
 
 # Learning rate of the kernels, S4's and SGConv's.
 KERNEL_LR = 1e-3
+
+# Part of a run's epochs in which the learning rate rises.
+WARM_UP = 0.05
 
 S4, SGCONV, MULTIRES, OURS = "S4", "SGConv", "MultiresConv", "ours: small, for a few minutes on a CPU"
 
@@ -94,5 +98,5 @@ def preset(task: str, method: str) -> tuple[str, dict[str, Any]]:
             options = {"min_length": MIN_LENGTHS.get(task, MIN_LENGTH), "max_branches": 32}
             options |= PATHX if task == "pathx" else {}
     scale = 1.0 if method in ("multires", "lstm") else KERNEL_LR / row["lr"]
-    own = {"kernel_lr_scale": scale, "warmup_epochs": row["epochs"] / 20, "causal": method == "multires"}
+    own = {"kernel_lr_scale": scale, "warmup_epochs": WARM_UP * row["epochs"], "causal": method == "multires"}
     return source, {**row, **own, "options": options}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from mrconvnext.sequence import NORMS, MRConvSequence
+from mrconvnext.sequence import LAYER_OPTIONS, MRConvSequence
+from mrconvnext.sequence_block import NORMS
 from mrconvnext.tasks.datasets import TASKS, DataError, collate, open_task
 
 from .arguments import (
@@ -28,7 +29,7 @@ from .datasets import Data
 from .errors import UserError
 from .loaders import EvalBatches, Loaders, TrainBatches, loader_options, split_batch
 from .lstm import LSTMSequence
-from .presets import METHODS, preset
+from .presets import METHODS, WARM_UP, preset
 from .processes import Processes
 from .run import Run
 
@@ -37,7 +38,10 @@ EVALUATED_AT_ONCE = 64
 
 # Arguments of training that images have and sequences have not.
 OF_IMAGES: dict[str, Any] = {"no_lr_scaling": True, "no_aug": True, "mixup": 0.0, "cutmix": 0.0}
-OF_IMAGES |= {"freeze": [], "max_unreadable": 0}
+OF_IMAGES |= {"freeze": [], "max_unreadable": 0, "channels_last": False}
+
+# What --options may name: the rest of the layers' options have arguments of their own.
+OPTIONS = tuple(name for name in LAYER_OPTIONS[:-3] if name not in ("kernel", "bidirectional"))
 
 
 def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = None) -> argparse.Namespace:
@@ -65,10 +69,27 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
         if getattr(args, name) is None:
             parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
     del args.of_run
+    length = -(-TASKS[args.task].length // args.rate)
+    if TASKS[args.task].length < max(args.rate, args.test_rate or 1):
+        parser.error(f"--rate and --test-rate must be at most the {TASKS[args.task].length} positions of the task")
+    if "min_length" in own["options"]:
+        own["options"]["min_length"] = min(own["options"]["min_length"], length)
     args.options = {**own["options"], **args.options}
+    check_options(parser, args)
+    if "warmup_epochs" not in args.given:
+        args.warmup_epochs = WARM_UP * args.epochs
     for name, value in OF_IMAGES.items():
         setattr(args, name, value)
     return args
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program if ``--options`` names what is not an option of the method."""
+    allowed = () if args.method == "lstm" else OPTIONS
+    for name in args.options:
+        if name not in allowed:
+            said = f"has the options {', '.join(allowed)}" if allowed else "has no options"
+            parser.error(f"--options {name}: --method {args.method} {said}")
 
 
 def named_task(argv: Optional[list[str]]) -> tuple[str, str]:
@@ -87,7 +108,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=tuple(TASKS), help="what is learned; it also sets the defaults below")
     add("--data-dir", type=folder, help="folder of its data")
     add("--samples", type=positive, help="train on so many sequences, the first ones in an order drawn by 42")
-    add("--rate", type=positive, default=1, help="take one position in so many (default: %(default)s)")
+    rate = "of tones and speech take one position in so many (default: %(default)s)"
+    add("--rate", type=positive, default=1, help=rate)
     add("--test-rate", type=positive, help="the same for the test (default: --rate); kernels are resampled for it")
     add("--keep-kernels", action="store_true", help="leave kernels as many positions long, whatever --test-rate")
     add("--workers", "-j", type=natural, default=0, help="processes that read sequences (default: %(default)s)")
@@ -156,7 +178,8 @@ def open_splits(args: argparse.Namespace, rate: int) -> tuple[Any, Any, Any]:
     try:
         train, validation, test = open_task(args.task, args.data_dir, rate=rate)
     except (DataError, ValueError) as error:
-        raise UserError(f"--task {args.task}: {error}") from error
+        at = f" at --rate or --test-rate {rate}" if rate > 1 else ""
+        raise UserError(f"--task {args.task}{at}: {error}") from error
     if args.samples is not None:
         if args.samples > len(train):
             raise UserError(f"--samples {args.samples} is more than the {len(train)} sequences to train")
