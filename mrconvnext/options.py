@@ -1,6 +1,7 @@
 """What the branches of a layer are like: options of the layers and, by the same names, of the models."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,15 @@ class BranchOptions:
     def norm(self) -> str:
         """How branches are normalised: as asked for, or as the kernels have it."""
         return KERNELS[self.kernel].norm if self.branch_norm is None else self.branch_norm
+
+    @property
+    def digest(self) -> int:
+        """A number for the options that neither names nor shapes of the parameters show, as given; 0 without any."""
+        if self.concat_decay is None and not self.kernel_args:
+            return 0
+        given = {"concat_decay": self.concat_decay, **self.kernel_args}
+        words = sorted(f"{name}={float(value) if _is_finite(value) else value}" for name, value in given.items())
+        return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=4).digest(), "little")
 
     def lengths(self, length: int) -> list[int]:
         """Returns the lengths of the branches' kernels on a sequence of ``length`` positions, not shrinking."""

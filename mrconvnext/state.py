@@ -14,7 +14,7 @@ from .kernels import SparseKernels, check_lags
 FORMAT = 2
 
 # What stands in a layer's state dict beside its weights; see `entries`.
-ENTRIES = ("format", "grid", "kernel_grid", "lengths")
+ENTRIES = ("format", "grid", "kernel_grid", "lengths", "kernel_options")
 
 # Parameters of either form of a layer.
 OF_LAYER = ("alpha", "kernel", "weight", "bias")
@@ -26,8 +26,9 @@ class Entries:
     if TYPE_CHECKING:  # of the layer
         made_for: tuple[int, int]
         branch_lengths: list[int]
+        options: Any
 
-    __jit_unused_properties__ = ["format", "grid", "kernel_grid", "lengths"]
+    __jit_unused_properties__ = ["format", "grid", "kernel_grid", "lengths", "kernel_options"]
 
     @property
     def format(self) -> torch.Tensor:
@@ -49,6 +50,11 @@ class Entries:
         """The lengths of the branches."""
         return torch.tensor(self.branch_lengths)
 
+    @property
+    def kernel_options(self) -> torch.Tensor:
+        """See `BranchOptions.digest`."""
+        return torch.tensor([self.options.digest])
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ENTRIES:
             check_entry(self, name, value)
@@ -66,13 +72,18 @@ def entries(layer: Any) -> dict[str, list[int]]:
 
     ``format``: the format's number, and 1 if the layer is deployed; ``grid``: height, width, guard; ``kernel_grid``:
     height and width of the grid that the branches are or were parameterized for, if it is another; in training form
-    ``lengths``: those of the branches.
+    ``lengths``: those of the branches, and ``kernel_options``: a number for kernel_args and concat_decay, if given.
     """
     deployed = layer.kernel is not None
     own = {"format": [FORMAT, int(deployed)], "grid": [*layer.reference_grid, layer.guard]}
     if layer.is_resampled:
         own["kernel_grid"] = list(layer.made_for)
-    return own if deployed else {**own, "lengths": layer.branch_lengths}
+    if deployed:
+        return own
+    own["lengths"] = layer.branch_lengths
+    if layer.options.digest:
+        own["kernel_options"] = [layer.options.digest]
+    return own
 
 
 def check_entry(layer: Any, name: str, given: torch.Tensor) -> None:
@@ -174,6 +185,11 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
     if "grid" in found:
         own["kernel_grid"] = list(layer.made_for)
         found.setdefault("kernel_grid", found["grid"].flatten()[:2])
+    if "lengths" in found and found.get("kernel_options", torch.tensor([0])).tolist() != [layer.options.digest]:
+        raise RuntimeError(
+            f"{prefix}kernels: the weights were made with another kernel_args or concat_decay than the layer's "
+            f"{dict(layer.options.kernel_args)} and {layer.options.concat_decay}"
+        )
     own = dict(sorted(own.items()))  # what they were made for before what follows from it
     for name, value in own.items():
         given = found.get(name)

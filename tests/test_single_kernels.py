@@ -13,6 +13,7 @@ from safetensors import safe_open
 import mrconvnext
 from mrconvnext import MRConv1d, MRConv2d, from_convnext
 from mrconvnext.kernels import KERNELS, MultiresKernel, SGConvKernel, create_kernels
+from mrconvnext.state import ENTRIES
 
 # Parameters with the two-sided kernels that the published code of SGConv and MultiresConv makes of them, the skip term
 # included: its outputs for an impulse at the first and at the last of L positions.
@@ -167,6 +168,25 @@ def test_unknown_arguments_of_kernels_are_named(kernel: str, allowed: str) -> No
         MRConv1d(4, 100, kernel=kernel, kernel_args={"tree": "fading"})
 
 
+@pytest.mark.parametrize(
+    ("options", "others"),
+    [
+        (dict(kernel="sgconv", taps=4), dict(kernel_args={"decay_max": 3})),
+        (dict(kernel="sgconv", taps=4), dict(kernel_args={"merge": "sum"})),
+        (dict(kernel="fourier", concat_decay=2.0), dict(concat_decay=4.0)),
+        (dict(kernel="multires"), dict(kernel_args={"tree": "uniform", "memory_size": 7})),
+    ],
+)
+def test_weights_of_other_options_are_refused(options: dict, others: dict) -> None:
+    one, other = MRConv1d(4, 64, **options), MRConv1d(4, 64, **{**options, **others})
+    for source, target in ((one, other), (other, one)):
+        with pytest.raises(RuntimeError, match="another kernel_args or concat_decay than the layer's"):
+            target.load_state_dict(source.state_dict())
+    MRConv1d(4, 64, **{**options, **others}).load_state_dict(other.state_dict())
+    other.reparameterize()
+    one.load_state_dict(other.state_dict())  # which has no such options any more
+
+
 # In models
 
 
@@ -251,7 +271,7 @@ def test_decay_of_concatenated_branches_is_fixed(branch_norm: str) -> None:
         MRConv1d(3, 100, kernel="sparse", concat_decay=decay, min_length=8, branch_norm=branch_norm, seed=1).double()
         for decay in (2.0, 1.0)
     )
-    strong.load_state_dict(weak.state_dict())
+    strong.load_state_dict({name: x for name, x in weak.state_dict().items() if name not in ENTRIES})
     with torch.no_grad():
         strong.alpha.mul_(2.0 ** -torch.arange(len(weak.alpha))[:, None])
     x = torch.randn(4, 3, 100, dtype=torch.float64)
