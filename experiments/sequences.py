@@ -56,8 +56,8 @@ METHODS = {
 
 
 # Small models, for 20 minutes; the papers' are wider and take many times the steps.
-LISTOPS = "--method fourier --dim 32 --depth 4 --samples 80000 --epochs 1 --log-interval 100".split()
-PATHFINDER = "--dim 32 --depth 4 --global-batch 32 --samples 100000 --epochs 2 --log-interval 200".split()
+LISTOPS = "--method fourier --dim 32 --depth 4 --samples 64000 --epochs 1 --log-interval 100".split()
+PATHFINDER = "--dim 32 --depth 4 --global-batch 32 --samples 100000 --epochs 1 --log-interval 200".split()
 
 # Tests of weights beside that of their own run.
 HALF_THE_RATE = {"kept": ("--test-rate", "2", "--keep-kernels"), "resampled": ("--test-rate", "2")}
