@@ -242,13 +242,14 @@ def write_tables(folder: Path, document: Path, publish: Optional[Path]) -> None:
 
 def table(group: str, lines: list[dict[str, str]]) -> Iterator[str]:
     """Yields the lines of a group's table."""
-    yield "| model | seeds | test, % | deployed, % | parameters | steps | minutes |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| model | seeds | test, % | at each seed | deployed, % | parameters | steps | minutes |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     own = [line for line in lines if line["group"] == group]
     for name in dict.fromkeys(line["name"] for line in own):
         rows = [line for line in own if line["name"] == name]
         deployed = [float(line["deployed_top1"]) for line in rows if line["deployed_top1"]]
-        cells = [name, str(len(rows)), spread([float(line["test_top1"]) for line in rows], ".2f")]
+        tests = [float(line["test_top1"]) for line in sorted(rows, key=lambda line: int(line["seed"]))]
+        cells = [name, str(len(rows)), spread(tests, ".2f"), ", ".join(f"{top1:.1f}" for top1 in tests)]
         cells += [spread(deployed, ".2f"), f"{int(rows[0]['parameters']):,}", rows[0]["steps"]]
         cells += [spread([float(line["train_s"]) / 60 for line in rows], ".1f")]
         yield f"| {' | '.join(cells)} |"
