@@ -21,7 +21,8 @@ from timm.data import ImageDataset
 from torch import nn
 
 import mrconvnext
-from mrconvnext.training import checkpoints, files, loaders, run
+from mrconvnext.training import checkpoints, files, loaders
+from mrconvnext.training import images as image_runs
 from mrconvnext.training.arguments import parse_args
 from mrconvnext.training.errors import UserError
 from mrconvnext.training.model import make_optimizer
@@ -148,14 +149,14 @@ def test_a_signal_while_a_run_is_loading_is_not_lost(
     finished: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*options, *EPOCHS, "--output", tmp_path / "run", "--resume", "auto"]
-    make_model = run.make_model
+    make_model = image_runs.make_model
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGTERM)
         return make_model(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "make_model", interrupted)
+        patch.setattr(image_runs, "make_model", interrupted)
         assert main(*arguments) == 75
     assert main(*arguments) == 0
     assert_same_run(finished, tmp_path / "run")
