@@ -21,7 +21,7 @@ from timm.data import ImageDataset
 from torch import nn
 
 import mrconvnext
-from mrconvnext.training import checkpoints, files, loaders
+from mrconvnext.training import checkpoints, files, loaders, run
 from mrconvnext.training import images as image_runs
 from mrconvnext.training.arguments import parse_args
 from mrconvnext.training.errors import UserError
