@@ -132,7 +132,7 @@ def test_splits_follow_each_other(tmp_path):
 def test_what_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(ValueError, match="side must be one of 32, 64, 128, got 48"):
         pathfinder.generate(tmp_path, 48, SIZES)
-    with pytest.raises(ValueError, match="sizes must give at least 1"):
+    with pytest.raises(ValueError, match="there must be at least 1 for each of train"):
         pathfinder.generate(tmp_path, 32, {"train": 1})
     assert not list(tmp_path.iterdir())
 
