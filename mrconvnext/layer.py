@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .grid import add_local_taps, convolve_locally
 from .kernels import KERNELS, create_kernels
 from .longconv import check_not_onnx, convolve, convolve_real
-from .norms import create_norm, decayed, eval_affine, merge_kernels, merge_shifts, norm_of_real, weigh_branches
+from .norms import create_norm, decayed, eval_affine, merge_kernels, merge_shifts, weigh_branches
 from .options import BranchOptions, check_positive
 from .precision import as_autocast
 from .resampling import OnGrid
@@ -35,7 +35,7 @@ for _name in (
         "convolve_real",
         "decayed",
     ),
-    *("merge_kernels", "merge_shifts", "norm_of_real", "weigh_branches"),
+    *("merge_kernels", "merge_shifts", "weigh_branches"),
 ):
     torch.fx.wrap(_name)
 
@@ -229,11 +229,17 @@ class LongConvolution(Entries, OnGrid, nn.Module):
             return convolve(x, kernel, bias, self.row_stride, self.guard)
         kernels = self._on_grid(self.kernels())  # (N, C, 2·L − 1)
         c = convolve(x, kernels.flatten(0, 1), None, self.row_stride, self.guard)  # (B, N · C, H, W)
-        c = self.norm(c) if mask is None else norm_of_real(self.norm, c, mask)
+        c = self.norm(c) if mask is None else self._norm_of_real(c, mask)
         y = weigh_branches(c, self._weights())
         if self.weight is not None:
             y = y + convolve_locally(x, self.weight, self.bias, self.dilation)
         return y.to(x.dtype)
+
+    def _norm_of_real(self, c: Tensor, mask: Tensor) -> Tensor:
+        """Returns branches (B, N·C, L, 1), normalised where the mask (B, L) is True, zero elsewhere."""
+        c = c.squeeze(-1).transpose(1, 2)  # (B, L, N·C)
+        real = self.norm(c[mask].unsqueeze(-1).unsqueeze(-1)).flatten(1)  # (positions, N·C)
+        return torch.zeros_like(c).masked_scatter(mask.unsqueeze(-1), real).transpose(1, 2).unsqueeze(-1)
 
     def _merge(self, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
         """Returns the kernel (C, 2·L − 1) and bias (C), if any, that the layer equals for images (B, C, H, W)."""

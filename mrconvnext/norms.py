@@ -307,22 +307,6 @@ def sum_over_processes(x: Tensor, sync: bool) -> Tensor:
     return x
 
 
-@torch.fx.wrap
-def norm_of_real(norm: Any, c: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Returns branches (B, N·C, L, 1), normalised by a ``BatchNorm2d`` that takes no account of padding.
-
-    Args:
-        norm: The norm.
-        c: The branches.
-        mask: True at the positions that are no padding, (B, L); None if all are.
-    """
-    if mask is None:
-        return norm(c)
-    c = c.squeeze(-1).transpose(1, 2)  # (B, L, N·C)
-    real = norm(c[mask][:, :, None, None]).flatten(1)  # (positions, N·C)
-    return torch.zeros_like(c).masked_scatter(mask.unsqueeze(-1), real).transpose(1, 2).unsqueeze(-1)
-
-
 # Weighted and added
 
 
