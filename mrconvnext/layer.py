@@ -105,7 +105,7 @@ class LongConvolution(Entries, OnGrid, nn.Module):
         self.branch_decay = 1.0 if options.concat_decay is None else float(options.concat_decay)
         self.norm_is_linear = options.norm in ("kernel", "none")
         self.exportable = exportable
-        self.takes_power = options.norm == "parseval"
+        self.norm_is_parseval = options.norm == "parseval"
         self.is_single = KERNELS[options.kernel].is_single
         self.build_branches(device, dtype)
         self.register_state_dict_post_hook(write_reference)

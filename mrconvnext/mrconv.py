@@ -190,7 +190,7 @@ class MRConv1d(LongConvolution):
                 norm is "parseval" in training, which has no statistics of masked sequences.
         """
         check_input(x, self.channels, 3)
-        x = without_padding(x, mask, self.takes_power and self.training)
+        x = without_padding(x, mask, self.norm_is_parseval and self.training)
         return self._convolve(x.unsqueeze(-1), mask).squeeze(-1)
 
     @torch.jit.unused

@@ -14,7 +14,7 @@ from typing import Any, Optional, Protocol
 import torch
 from torch import Tensor
 
-from .kernels import DilatedKernels, FourierKernels, FourierSparseKernels, SparseKernels
+from .kernels import FourierKernels, FourierSparseKernels, SparseKernels
 from .longconv import long_conv
 from .precision import at_least_float32
 
@@ -45,9 +45,11 @@ class BlockStream:
 
     def __init__(self, kernel: Tensor, bias: Tensor, batch: int) -> None:
         channels, lags = kernel.shape
-        self.kernel, self.bias, self.batch = kernel, bias, batch
+        self.bias, self.batch = bias, batch
         # A block costs about M · log M, each of its positions as many products as stand before it in the block.
         self.size = 2 ** max(3, math.ceil(math.log2(lags * max(1, math.log2(lags))) / 2))
+        self.near = kernel[:, : self.size].flip(-1)  # what acts within a block, lag 0 last
+        self.two_sided = torch.cat([torch.zeros_like(kernel[:, 1:]), kernel], -1)
         self.before = kernel.new_zeros((batch, channels, lags - 1))
         self.block = kernel.new_zeros((batch, channels, self.size))
         self.added = kernel.new_zeros((batch, channels, self.size))  # to the block's outputs by what is before it
@@ -58,8 +60,8 @@ class BlockStream:
         """See `Stream`."""
         i = self.position
         self.block[:, :, i] = x
-        first = max(0, i + 1 - self.kernel.shape[1])
-        near = self.block[:, :, first : i + 1] * self.kernel[:, : i + 1 - first].flip(-1)
+        lags = min(i + 1, self.near.shape[1])
+        near = self.block[:, :, i + 1 - lags : i + 1] * self.near[:, -lags:]
         y = near.sum(-1) + self.added[:, :, i] + self.bias
         self.position += 1
         if self.position == self.size:
@@ -69,9 +71,8 @@ class BlockStream:
     def _begin_block(self) -> None:
         past = torch.cat([self.before, self.block], -1)
         self.before = past[:, :, self.size :]
-        two_sided = torch.cat([torch.zeros_like(self.kernel[:, 1:]), self.kernel], -1)
         ahead = torch.cat([self.before, torch.zeros_like(self.block)], -1)
-        self.added = long_conv(ahead, two_sided)[:, :, -self.size :]
+        self.added = long_conv(ahead, self.two_sided)[:, :, -self.size :]
         self.position = 0
 
 
@@ -96,9 +97,8 @@ class ModesAndTaps:
         batch: int,
     ) -> None:
         self.taps, self.bias, self.batch = taps, bias, batch
-        self.past = bias.new_zeros(
-            (batch, len(bias), length + 1)
-        )  # a ring: lag n of position t is at (t − n) mod L + 1
+        # A ring: the input n lags before position t stands at (t − n) mod (L + 1).
+        self.past = bias.new_zeros((batch, len(bias), length + 1))
         self.position = 0
         self.is_smooth = modes is not None
         if modes is not None:
@@ -188,16 +188,13 @@ def spectrum_of(kernels: Any) -> tuple[Tensor, Tensor]:
 def taps_of(kernels: Any) -> tuple[Tensor, Tensor]:
     """Returns the taps of causal kernels: their lags and values, (N, C, P) each, the values in float64."""
     values = kernels.values.double()[:, :, 0]
+    starts = torch.tensor(kernels.starts, device=values.device).view(-1, 1, 1)
     if isinstance(kernels, SparseKernels):
         if isinstance(kernels, FourierSparseKernels):
             values = values * kernels.sparse_scale.double()
-        starts = torch.tensor(kernels.starts, device=values.device).view(-1, 1, 1)
         return kernels.lags[:, :, 0].to(values.device) + starts, values
-    assert isinstance(kernels, DilatedKernels)
     tap = torch.arange(values.shape[-1], device=values.device)
-    lengths = torch.tensor(kernels.lengths, device=values.device).unsqueeze(1)
-    lags = tap * (lengths // len(tap)).clamp(min=1)  # (N, P)
-    inside = lags < lengths
-    starts = torch.tensor(kernels.starts, device=values.device).unsqueeze(1)
-    lags = torch.where(inside, lags + starts, 0).unsqueeze(1).expand_as(values)
-    return lags, values * inside.unsqueeze(1)
+    lengths = torch.tensor(kernels.lengths, device=values.device).view(-1, 1, 1)
+    lags = tap * (lengths // len(tap)).clamp(min=1)  # (N, 1, P)
+    inside = lags < lengths  # taps beyond a kernel's end have no effect
+    return torch.where(inside, lags + starts, 0).expand_as(values), values * inside
