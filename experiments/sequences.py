@@ -11,6 +11,7 @@ file and writes the tables between lines such as ``<!-- fashion -->`` and ``<!--
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -213,18 +214,11 @@ def measured(folder: Path) -> dict[str, Any]:
         "deployed_top1": round(test["deployed"]["top1"], 2) if "deployed" in test else "",
         "validation_top1": round(best["top1"], 2),
         "train_loss": round(float(epochs[-1]["train_loss"]), 4),
-        "parameters": sum(count(shape) for shape in shapes),
+        "parameters": sum(math.prod(shape) for shape in shapes),
         "steps": steps * len(epochs),
         "step_ms": round(step_ms, 1),
         "train_s": round(step_ms * steps * len(epochs) / 1000, 1),
     }
-
-
-def count(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 # Tables

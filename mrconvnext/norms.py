@@ -316,8 +316,8 @@ def decayed(alpha: Tensor, decay: float) -> Tensor:
     alpha = at_least_float32(alpha)
     if decay == 1.0:
         return alpha
-    power = torch.arange(0, -alpha.shape[0], -1, device=alpha.device)
-    return alpha * (decay ** power.to(alpha.dtype)).unsqueeze(1)
+    power = -torch.arange(alpha.shape[0], device=alpha.device, dtype=alpha.dtype)
+    return alpha * (decay**power).unsqueeze(1)
 
 
 @torch.fx.wrap

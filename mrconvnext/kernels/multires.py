@@ -135,13 +135,13 @@ class MultiresKernel(nn.Module):
         self.high = nn.Parameter(torch.empty(1, channels, directions, taps, **dd))
         self.mixing = nn.Parameter(torch.empty(1, channels, directions, weights + 1, **dd))
         for parameter, scale in ((self.low, taps), (self.high, taps), (self.mixing, weights + 1)):
-            nn.init.uniform_(parameter, -(scale**-0.5), scale**-0.5)
+            nn.init.uniform_(parameter, a=-(scale**-0.5), b=scale**-0.5)
         if filters is not None:
             with torch.no_grad():
                 self.low.copy_(filters[0])
                 self.high.copy_(filters[1])
         if independent_skip:
-            nn.init.uniform_(self.mixing[..., -1], -1, 1)
+            nn.init.uniform_(self.mixing[..., -1], a=-1, b=1)
 
     def forward(self) -> Tensor:
         """Returns the kernel (1, C, 2·L − 1)."""

@@ -66,8 +66,8 @@ def sgconv_kernel(
     pieces = sgconv_pieces(values, lengths, concatenated, interpolation)
     scales, channels = values.shape[0], values.shape[1]
     if exponent is None:
-        base = torch.linspace(decay_min, decay_max, channels, dtype=values.dtype, device=values.device)
-        power = torch.arange(scales - 1, -1, -1, device=values.device)
+        base = torch.linspace(start=decay_min, end=decay_max, steps=channels, dtype=values.dtype, device=values.device)
+        power = torch.arange(scales, device=values.device).flip(0)
         pieces = pieces * (base ** power.unsqueeze(1)).view(scales, channels, 1, 1)
     kernel = pieces.sum(0)
     if exponent is not None:
@@ -157,7 +157,7 @@ class SGConvKernel(nn.Module):
         self.register_parameter("exponent", None)
         if decay != "scales":
             self.exponent = nn.Parameter(torch.empty(channels, **dd), requires_grad=decay == "learnable")
-            nn.init.uniform_(self.exponent, self.decay_min, self.decay_max)
+            nn.init.uniform_(self.exponent, a=self.decay_min, b=self.decay_max)
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self._kernel(), dim=-1, keepdim=True)
         self.register_buffer("initial_norm", norm.to(self.values.dtype))  # (C, D, 1)
@@ -201,7 +201,7 @@ def _check_numbers(decay_min: float, decay_max: float, init_scale: int, most: in
 def _init_cosines(values: Tensor) -> None:
     """Fills values (S, C, D, d) with cosines of 0, 1, 2, … turns over the d points, a number of turns a channel."""
     scales, channels, _, taps = values.shape
-    turns = torch.linspace(0, 1, taps)
+    turns = torch.linspace(start=0, end=1, steps=taps)
     for own in values:
         order = torch.randperm(channels).unsqueeze(1)
         own.copy_((2 * math.pi * order * turns).cos().unsqueeze(1))

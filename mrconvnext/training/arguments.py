@@ -143,10 +143,9 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     add_optimization_arguments(parser)
     add_augmentation_arguments(parser)
     add_run_arguments(parser)
-    args = with_those_of_run(parser, argv)
-    if (args.resume or args.evaluate) and not (args.of_run or args.data_dir or args.dataset):
+    args, of_run = with_those_of_run(parser, argv)
+    if (args.resume or args.evaluate) and not (of_run or args.data_dir or args.dataset):
         parser.error(f"--output {args.output} does not hold a run")
-    del args.of_run
     if args.dataset == "digits" and args.img_size is None:
         args.img_size = 32
     if args.scale[0] > args.scale[1]:
@@ -156,10 +155,12 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     return args
 
 
-def with_those_of_run(parser: argparse.ArgumentParser, argv: Optional[list[str]]) -> argparse.Namespace:
-    """Returns the arguments of a command line, those that it does not give from the run that is resumed or evaluated.
+def with_those_of_run(
+    parser: argparse.ArgumentParser, argv: Optional[list[str]]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Returns the arguments of a command line, and those of the run that is resumed or evaluated.
 
-    ``given`` are the names of those that the command line or the run gave, and ``of_run`` of those of the run.
+    Of the former, those that it does not give are the run's; ``given`` are the names of those that either gave.
     """
     args = parser.parse_args(argv)
     of_run = (
@@ -167,9 +168,8 @@ def with_those_of_run(parser: argparse.ArgumentParser, argv: Optional[list[str]]
     )
     parser.set_defaults(**of_run)
     args = parser.parse_args(argv)
-    args.of_run = set(of_run)
-    args.given = given(parser, argv) | args.of_run
-    return args
+    args.given = given(parser, argv) | set(of_run)
+    return args, of_run
 
 
 def given(parser: argparse.ArgumentParser, argv: Optional[list[str]]) -> set[str]:

@@ -25,7 +25,7 @@ class LSTMSequence(nn.Module):
             raise ValueError("the LSTM is for single sequences")
         self.embedding = nn.Embedding(vocabulary, dim) if vocabulary else nn.Linear(channels, dim)
         between = dropout if depth > 1 else 0.0
-        self.lstm = nn.LSTM(dim, dim, depth, batch_first=True, dropout=between, bidirectional=bidirectional)
+        self.lstm = nn.LSTM(dim, dim, num_layers=depth, batch_first=True, dropout=between, bidirectional=bidirectional)
         self.head = nn.Linear(2 * dim if bidirectional else dim, num_classes)
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:

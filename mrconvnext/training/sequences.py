@@ -1,6 +1,7 @@
 """A run on sequences: its arguments, its data in batches, its model."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional, cast
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from mrconvnext.sequence import LAYER_OPTIONS, MRConvSequence
+from mrconvnext.options import BranchOptions
+from mrconvnext.sequence import MRConvSequence
 from mrconvnext.sequence_block import NORMS
 from mrconvnext.tasks.datasets import TASKS, DataError, collate, open_task
 
@@ -41,7 +43,7 @@ OF_IMAGES: dict[str, Any] = {"no_lr_scaling": True, "no_aug": True, "mixup": 0.0
 OF_IMAGES |= {"freeze": [], "max_unreadable": 0, "channels_last": False}
 
 # What --options may name: the rest of the layers' options have arguments of their own.
-OPTIONS = tuple(name for name in LAYER_OPTIONS[:-3] if name not in ("kernel", "bidirectional"))
+OPTIONS = tuple(field.name for field in fields(BranchOptions) if field.name not in ("kernel", "bidirectional"))
 
 
 def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = None) -> argparse.Namespace:
@@ -62,18 +64,16 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     task, method = named_task(argv)
     source, own = preset(task, method) if task in TASKS and method in METHODS else ("", {"options": {}})
     parser.set_defaults(model_ema_decay=0.0, source=source, **own)
-    args = with_those_of_run(parser, argv)
-    if (args.resume or args.evaluate) and not args.of_run and args.data_dir is None:
+    args, of_run = with_those_of_run(parser, argv)
+    if (args.resume or args.evaluate) and not of_run and args.data_dir is None:
         parser.error(f"--output {args.output} does not hold a run")
     for name in ("task", "data_dir"):
         if getattr(args, name) is None:
             parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
-    del args.of_run
-    length = -(-TASKS[args.task].length // args.rate)
     if TASKS[args.task].length < max(args.rate, args.test_rate or 1):
         parser.error(f"--rate and --test-rate must be at most the {TASKS[args.task].length} positions of the task")
     if "min_length" in own["options"]:
-        own["options"]["min_length"] = min(own["options"]["min_length"], length)
+        own["options"]["min_length"] = min(own["options"]["min_length"], positions(args))
     args.options = {**own["options"], **args.options}
     check_options(parser, args)
     if "warmup_epochs" not in args.given:
@@ -81,6 +81,11 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
     for name, value in OF_IMAGES.items():
         setattr(args, name, value)
     return args
+
+
+def positions(args: argparse.Namespace) -> int:
+    """Returns the largest number of positions of a run's sequences."""
+    return -(-TASKS[args.task].length // args.rate)
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -137,7 +142,6 @@ def make_model(args: argparse.Namespace) -> nn.Module:
         UserError: If it can't have these options.
     """
     task = TASKS[args.task]
-    length = -(-task.length // args.rate)
     inputs: dict[str, Any] = {"num_classes": task.classes, "vocabulary": task.vocabulary, "channels": task.channels}
     inputs |= {"dim": args.dim, "depth": args.depth, "dropout": args.dropout, "pairs": task.pairs}
     bidirectional = not args.causal
@@ -145,7 +149,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
         if args.method == "lstm":
             return LSTMSequence(**inputs, bidirectional=bidirectional)
         options = {"kernel": args.method, "bidirectional": bidirectional, **args.options}
-        return MRConvSequence(**inputs, length=length, norm=args.norm, prenorm=args.prenorm, **options)
+        return MRConvSequence(**inputs, length=positions(args), norm=args.norm, prenorm=args.prenorm, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"--options: {error}") from error
 
@@ -235,7 +239,7 @@ class SequenceRun(Run):
                 f"task {args.task}, method {args.method}, {parameters / 1e6:.2f}M parameters; hyperparameters of "
                 f"{args.source}, where not given",
                 f"sequences {self.counts[0]} to train, {self.counts[1]} held out, {len(self.test)} to test, of up to "
-                f"{TASKS[args.task].length // args.rate} positions; {args.epochs} epochs",
+                f"{positions(args)} positions; {args.epochs} epochs",
                 self.describe_steps(),
             ]
         )
