@@ -1,9 +1,10 @@
-"""The images of the experiments, as class folders: Fashion-MNIST, parts of it, and Pathfinder-style drawings."""
+"""The images of the experiments, as class folders: Fashion-MNIST, drawings after Pathfinder, photographs, emoji."""
 
 import gzip
+import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -25,40 +26,104 @@ class MissingData(Exception):
     """Images that can't be made on the spot are not there; the message says how to get them."""
 
 
-def write(name: str, folder: Path, fashion_mnist: Path) -> None:
-    """Writes images by name.
+def write(name: str, folder: Path, sources: Mapping[str, Optional[Path]]) -> None:
+    """Writes images by name, in class folders of the splits ``train``, ``validation`` and ``test``.
 
     ``fashion-N`` are the first N; ``fashion-first-half`` and ``fashion-second-half`` are five classes each, of the
-    first 30,000 and 20,000; ``pathfinder-SIDE`` are 45,000 drawings.
+    first 30,000 and 20,000; ``drawings-SIDE`` are 45,000 drawings; ``solar-N`` and ``emoji-N`` are N photographs and
+    pictures.
+
+    Args:
+        name: Which images.
+        folder: Where to write.
+        sources: Where real images lie: "fashion_mnist", "elpv", "emoji".
+
+    Raises:
+        MissingData: If they do not.
     """
+    kind, _, number = name.partition("-")
     if name == "fashion-first-half":
-        write_fashion(fashion_mnist, folder, 30_000, range(5))
+        write_fashion(sources["fashion_mnist"], folder, 30_000, range(5))
     elif name == "fashion-second-half":
-        write_fashion(fashion_mnist, folder, 20_000, range(5, 10))
-    elif name.startswith("fashion-"):
-        write_fashion(fashion_mnist, folder, int(name.removeprefix("fashion-")))
+        write_fashion(sources["fashion_mnist"], folder, 20_000, range(5, 10))
+    elif kind == "fashion":
+        write_fashion(sources["fashion_mnist"], folder, int(number))
+    elif kind == "drawings":
+        write_drawings(folder, int(number), 45_000)
     else:
-        write_pathfinder(folder, int(name.removeprefix("pathfinder-")), 45_000)
+        write_parts({"solar": solar_cells, "emoji": emoji}[kind](sources), folder, int(number))
 
 
-def write_fashion(source: Path, folder: Path, images: int = 60_000, classes: Iterable[int] = range(10)) -> None:
-    """Writes Fashion-MNIST's first training images, and all its test images as ``validation``.
+def write_fashion(
+    source: Optional[Path], folder: Path, images: int = 50_000, classes: Iterable[int] = range(10)
+) -> None:
+    """Writes Fashion-MNIST's first training images, its test images as ``validation``, on which the defaults of this
+    project were chosen, and its last 10,000 training images, on which nothing was chosen, as ``test``.
 
     Args:
         source: Folder of the four ``*-ubyte.gz`` files.
         folder: Where to write.
-        images: How many training images, before others than ``classes`` are left out.
+        images: How many training images, before others than ``classes`` are left out; at most 50,000.
         classes: Which classes.
 
     Raises:
         MissingData: If a file is missing.
     """
-    for split, prefix in (("train", "train"), ("validation", "t10k")):
-        pixels = _read_ubyte(source / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-        labels = _read_ubyte(source / f"{prefix}-labels-idx1-ubyte.gz", 8)
-        count = images if split == "train" else len(labels)
-        own = ((Image.fromarray(image), label) for image, label in zip(pixels[:count], labels) if label in classes)
-        _write(own, folder / split)
+    if source is None:
+        raise MissingData(MISSING.format("Fashion-MNIST"))
+    train, test = (
+        (_read_ubyte(source / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28), labels_of(source, prefix))
+        for prefix in ("train", "t10k")
+    )
+    for split, (pixels, labels), part in (
+        ("train", train, slice(images)),
+        ("validation", test, slice(None)),
+        ("test", train, slice(-10_000, None)),
+    ):
+        own = zip(pixels[part], labels[part])
+        _write(((Image.fromarray(image), str(label)) for image, label in own if label in classes), folder / split)
+
+
+def labels_of(source: Path, prefix: str) -> np.ndarray:
+    return _read_ubyte(source / f"{prefix}-labels-idx1-ubyte.gz", 8)
+
+
+def solar_cells(sources: Mapping[str, Optional[Path]]) -> list[tuple[Path, str]]:
+    """Returns photographs of solar cells, 300×300 (Buerhop-Lutz et al. 2018), with whether they are held defective."""
+    folder = sources["elpv"]
+    if folder is None or not (folder / "labels.csv").is_file():
+        raise MissingData(f"{folder}/labels.csv is missing: give elpv_dataset/data of PyPI's elpv-dataset as --elpv")
+    lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+    return [(folder / file, "defective" if float(share) > 0.5 else "functional") for file, share, _ in lines]
+
+
+def emoji(sources: Mapping[str, Optional[Path]]) -> list[tuple[Path, str]]:
+    """Returns Twitter's emoji, 64×64, without those that differ by the tone of the skin alone, with their category."""
+    folder = sources["emoji"]
+    if folder is None or not (folder / "emoji.json").is_file():
+        raise MissingData(f"{folder}/emoji.json is missing: give npm's emoji-datasource-twitter as --emoji")
+    own = [one for one in json.loads((folder / "emoji.json").read_text()) if one["has_img_twitter"]]
+    images = folder / "img" / "twitter" / "64"
+    return [(images / one["image"], one["category"]) for one in own if one["category"] != "Component"]
+
+
+def write_parts(images: list[tuple[Path, str]], folder: Path, count: int) -> None:
+    """Writes some images for training; a quarter of all are for the test and an eighth for validation, always the same
+    ones."""
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    test, validation = len(images) // 4, len(images) // 8
+    for split, part in (
+        ("test", order[:test]),
+        ("validation", order[test : test + validation]),
+        ("train", order[test + validation :][:count]),
+    ):
+        _write(((_on_white(images[i][0]), images[i][1]) for i in part), folder / split)
+
+
+def _on_white(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        own = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", own.size, "white"), own).convert("RGB")
 
 
 def _read_ubyte(file: Path, header: int) -> np.ndarray:
@@ -70,11 +135,11 @@ def _read_ubyte(file: Path, header: int) -> np.ndarray:
         raise MissingData(f"{file} is damaged ({error}): take it anew") from error
 
 
-def write_pathfinder(folder: Path, side: int, images: int, seed: int = 0) -> None:
+def write_drawings(folder: Path, side: int, images: int, seed: int = 0) -> None:
     """Writes drawings of two curves and two discs: class 1 if one curve joins the discs, class 0 if none does.
 
     After Linsley et al. 2018, "Learning long-range spatial dependencies with horizontal gated recurrent units", with
-    one distractor. A tenth as many images again are for validation.
+    one distractor. A tenth as many images again are for validation, and as many for the test.
 
     Args:
         folder: Where to write.
@@ -83,12 +148,12 @@ def write_pathfinder(folder: Path, side: int, images: int, seed: int = 0) -> Non
         seed: Seed of the drawings.
     """
     generator = np.random.default_rng([seed, side])
-    for split, count in (("train", images), ("validation", images // 10)):
-        own = ((draw_pathfinder(side, bool(i % 2), generator), i % 2) for i in range(count))
+    for split, count in (("train", images), ("validation", images // 10), ("test", images // 10)):
+        own = ((draw(side, bool(i % 2), generator), str(i % 2)) for i in range(count))
         _write(own, folder / split)
 
 
-def draw_pathfinder(side: int, joined: bool, generator: np.random.Generator) -> Image.Image:
+def draw(side: int, joined: bool, generator: np.random.Generator) -> Image.Image:
     """Returns a drawing of two curves and of discs on both ends of one, or on an end of each.
 
     Where the discs are tells nothing: apart, they lie where a curve's ends were, with new curves from there.
@@ -136,8 +201,8 @@ def _curve(length: float, start: Optional[np.ndarray], generator: np.random.Gene
                 return points
 
 
-def _write(samples: Iterator[tuple[Image.Image, int]], folder: Path) -> None:
+def _write(samples: Iterator[tuple[Image.Image, str]], folder: Path) -> None:
     for i, (image, label) in enumerate(samples):
-        own = folder / str(label)
+        own = folder / label
         own.mkdir(parents=True, exist_ok=True)
         image.save(own / f"{i:05d}.png")

