@@ -19,7 +19,8 @@ from mrconvnext import with_global_kernels
 from mrconvnext.layer import kernel_names, undecayed_names
 
 # timm registers a model with those of its module.
-default_cfgs = {"tf_efficientnet_lite0_global": timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict()}
+_plain_cfg: Any = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+default_cfgs = {"tf_efficientnet_lite0_global": _plain_cfg.to_dict()}
 
 
 @register_model

@@ -1,7 +1,7 @@
-"""Writes the tables of docs/results.md from the CSVs of the experiments, and the pictures beside it.
+"""Writes the tables of docs/results.md and README.md from the CSVs of the experiments, and the pictures beside them.
 
-    python -m experiments.report --results docs/results --document docs/results.md
-    python -m experiments.report --results results --document docs/results.md --publish docs/results
+    python -m experiments.report --results docs/results
+    python -m experiments.report --results results --publish docs
 
 The second form also copies the CSVs and makes the pictures, for which it needs the runs' weights. Tables stand between
 lines such as ``<!-- main -->`` and ``<!-- end -->``; whatever is there is replaced.
@@ -19,55 +19,69 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from scipy import stats
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image, to_tensor
 from torchvision.utils import make_grid
 
+from experiments.overview import plot_overview
 from experiments.rows import Row, all_rows
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
 
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
 # What the rows of a table are compared to, seed by seed: a group and a name.
 BASELINES = {
-    "changes": ("main", "local taps, parseval"),
-    "equal time": ("main", "ConvNeXt"),
-    "pathfinder 32, 6 passes": ("pathfinder 32", "local taps, parseval"),
-    "pathfinder 48, 2 passes": ("pathfinder 48, from 32", "local taps, parseval"),
+    "changes": ("main", "local taps, kernel"),
+    "equal time": ("two passes", "ConvNeXt"),
+    "drawings 64, 2 passes": ("drawings 64", "local taps, kernel"),
+    "solar": ("solar", "EfficientNet-Lite0"),
+    "solar, equal time": ("solar", "EfficientNet-Lite0"),
+    "emoji": ("emoji", "EfficientNet-Lite0"),
 }
 
-# Tables of other kinds.
-NORMS = re.compile(r"(\w+) less (\w+)")
-STATISTICS = "statistics of parseval"
+# README's lines: what was trained, and the group of the network with global kernels.
+COMPARED = (
+    ("Fashion-MNIST, 16 px, two passes", "two passes"),
+    ("the same, equal training time", "equal time"),
+    ("is there a path? drawings of 32 px", "drawings 32"),
+    ("the same, going on at 64 px", "drawings 64"),
+    ("fine-tuning on other classes of Fashion-MNIST", "fine-tuning"),
+    ("EfficientNet-Lite0 (ImageNet) on solar cells, 300 px", "solar"),
+    ("the same, equal training time", "solar, equal time"),
+    ("EfficientNet-Lite0 (ImageNet) on emoji, 64 px", "emoji"),
+)
+
+# The names of the networks with global kernels.
+GLOBAL = ("local taps, kernel", "global kernels")
+
+NORM = re.compile(r"(\w+) less (\w+)")
 
 BEST = "best.safetensors"  # weights of a run
 
 HEADER = (
-    *("model", "seeds", "top-1, %", "less {baseline}", "held-out loss", "parameters", "steps", "s / epoch"),
-    "deployed, images/s",
+    *("model", "seeds", "test, %", "less {baseline}", "at each seed", "validation, %", "parameters", "steps"),
+    *("s / epoch", "deployed, images/s"),
 )
+CONFIDENCE = 0.95
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--results",
-        type=Path,
-        required=True,
-        help="folder with results.csv, norms.csv, speed/, and with runs/ for pictures",
-    )
-    add("--document", type=Path, required=True, help="Markdown file whose tables are written")
-    add("--publish", type=Path, help="folder for pictures and copies of the CSVs (default: neither)")
+    add("--results", type=Path, required=True, help="folder with results.csv, speed/, and with runs/ for pictures")
+    add("--publish", type=Path, help="folder for the pictures, and for copies of the CSVs in results/ (default: none)")
     args = parser.parse_args()
-    files = [args.results / "results.csv", args.results / "norms.csv"]
-    for name, path in (("--results", files[0]), ("--results", files[1]), ("--document", args.document)):
-        if not path.is_file():
-            parser.error(f"{name}: {path} is missing")
-    results, norms = map(read_lines, files)
-    text = with_tables(args.document.read_text(), results, read_speeds(args.results / "speed"), norms)
-    args.document.write_text(text)
+    file = args.results / "results.csv"
+    if not file.is_file():
+        parser.error(f"--results: {file} is missing")
+    results, speeds = read_lines(file), read_speeds(args.results / "speed")
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(), results, speeds))
     if args.publish:
-        for path in (*files, *(args.results / "speed").rglob("*.csv")):
-            copy = args.publish / path.relative_to(args.results)
+        for path in (file, *(args.results / "speed").rglob("*.csv")):
+            copy = args.publish / "results" / path.relative_to(args.results)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
         write_pictures(args.results, args.publish)
@@ -90,7 +104,7 @@ def read_lines(path: Path) -> Lines:
 def read_speeds(folder: Path) -> Speeds:
     """Returns images/s by model, side of the images, batch and mode, as experiments.speed measured them."""
     speeds = {}
-    for path in folder.rglob("*.csv"):
+    for path in folder.rglob("benchmark.csv"):
         for line in read_lines(path):
             mode = "training" if line["mode"] == "training step" else "running"
             if line["images_per_s"] and line["form"] in ("default", FORM_OF_MODE[mode]):
@@ -99,61 +113,64 @@ def read_speeds(folder: Path) -> Speeds:
     return speeds
 
 
-def with_tables(text: str, results: Lines, speeds: Speeds, norms: Lines) -> str:
-    """Returns a document with its tables made anew."""
+def with_tables(text: str, results: Lines, speeds: Speeds) -> str:
+    """Returns a document with its tables of results made anew."""
+    groups = {row.group for row in all_rows()}
 
     def made(match: re.Match[str]) -> str:
         name = match[1]
-        if two := NORMS.fullmatch(name):
+        if name == "compared":
+            own = compared_table(results)
+        elif two := NORM.fullmatch(name):
             own = norm_table(two[1], two[2], results)
-        elif name == STATISTICS:
-            own = statistics_table(norms)
-        else:
+        elif name in groups:
             own = table(name, results, speeds)
+        else:
+            return match[0]  # another program's
         return f"<!-- {name} -->\n{own}\n<!-- end -->"
 
     return re.sub(r"<!-- (?!end -->)(.+?) -->(?s:.*?)<!-- end -->", made, text)
 
 
-def norm_table(norm: str, baseline: str, results: Lines) -> str:
-    """Returns the table of what two norms of the branches differ by, for groups that train both on the same images."""
-    lines = [f"| table | seeds | {norm} less {baseline} | at each seed |", "| --- | --- | --- | --- |"]
-    accuracies, rows = accuracies_of(results), first_rows()
-    for (group, name), row in rows.items():
-        other = rows.get((group, f"local taps, {baseline}"))
-        if name == f"local taps, {norm}" and other and other.data == row.data and not group.startswith("before"):
-            own, others = accuracies[group, name], accuracies[group, other.name]
-            if differences := [own[seed] - others[seed] for seed in sorted(own, key=int) if seed in others]:
-                each = ", ".join(format(value, "+.2f") for value in differences)
-                lines.append(f"| {group} | {len(differences)} | {spread(differences, '+.2f')} | {each} |")
+def compared_table(results: Lines) -> str:
+    """Returns the table of what global kernels give, a line for each group that both kinds of networks have."""
+    lines = ["| | seeds | local kernels | global kernels | difference |", "| --- | --- | --- | --- | --- |"]
+    accuracies = accuracies_of(results)
+    for words, group in COMPARED:
+        name = next(own for own in GLOBAL if (group, own) in first_rows())
+        others = accuracies[BASELINES.get(group, (group, "ConvNeXt"))]
+        own = accuracies[group, name]
+        if differences := paired(own, others):
+            seeds = [seed for seed in own if seed in others]
+            means = (statistics.mean(values[seed] for seed in seeds) for values in (others, own))
+            cells = [words, str(len(seeds)), *(f"{mean:.2f}" for mean in means), interval(differences)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def statistics_table(norms: Lines) -> str:
-    """Returns the table of what experiments.norms found, over all layers and branches of a group."""
-    lines = [
-        "| table | layers and branches | variance, median channel | variance, 10th to 90th percentile | mean, up to |"
-    ]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for group in dict.fromkeys(line["group"] for line in norms):
-        own = [line for line in norms if line["group"] == group]
-        least, *medians, largest = (
-            extreme(float(line[f"variance_{share}"]) for line in own)
-            for extreme, share in ((min, 10), (min, 50), (max, 50), (max, 90))
-        )
-        shift = max(float(line["mean_90"]) for line in own)
-        centre = " … ".join(format(value, ".2f") for value in medians)
-        lines.append(f"| {group} | {len(own)} | {centre} | {least:.2f} … {largest:.2f} | {shift:.2f} |")
+def norm_table(norm: str, baseline: str, results: Lines) -> str:
+    """Returns the table of what two norms of the branches differ by, for groups that train both on the same images."""
+    lines = [f"| table | seeds | {norm} less {baseline} | at each seed |", "| --- | --- | --- | --- |"]
+    accuracies = accuracies_of(results)
+    for group in dict.fromkeys(group for group, _ in first_rows()):
+        differences = paired(*(accuracies[group, f"local taps, {own}"] for own in (norm, baseline)))
+        if differences:
+            lines.append(f"| {group} | {len(differences)} | {interval(differences)} | {each(differences)} |")
     return "\n".join(lines)
 
 
 def accuracies_of(results: Lines) -> dict[tuple[str, str], dict[str, float]]:
-    """Returns the accuracies by group and name, then by seed."""
+    """Returns the accuracies in the test by group and name, then by seed."""
     accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for line in results:
         if line["status"] == "done":
-            accuracies[line["group"], line["name"]][line["seed"]] = float(line["top1"])
+            accuracies[line["group"], line["name"]][line["seed"]] = float(line["test_top1"])
     return accuracies
+
+
+def paired(own: dict[str, float], others: dict[str, float]) -> list[float]:
+    """Returns the differences of accuracies at the seeds that both have, in order."""
+    return [own[seed] - others[seed] for seed in sorted(own, key=int) if seed in others]
 
 
 def table(group: str, results: Lines, speeds: Speeds) -> str:
@@ -170,15 +187,15 @@ def table(group: str, results: Lines, speeds: Speeds) -> str:
         done = [line for line in own_lines if line["status"] == "done"]
         if not own_lines:
             continue
-        own, other = accuracies[key], accuracies[baseline]
-        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        differences = [] if key == baseline else paired(accuracies[key], accuracies[baseline])
         failed = len(own_lines) - len(done)
         cells = [
             key[1],
             f"{len(done)}" + (f" ({failed} failed)" if failed else ""),
-            spread(list(own.values()), ".2f"),
-            "" if key == baseline else spread(differences, "+.2f"),
-            spread([float(line["loss"]) for line in done], ".3f"),
+            spread(list(accuracies[key].values()), ".2f"),
+            interval(differences),
+            each(differences),
+            spread([float(line["top1"]) for line in done], ".2f"),
             f"{int(done[0]['parameters']):,}" if done else "",
             done[0]["steps"] if done else "",
             *(times(row, int(done[0]["steps"]), speeds) if done else ("", "")),
@@ -215,25 +232,44 @@ def spread(values: list[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.replace('+', ''))}"
 
 
+def interval(values: list[float]) -> str:
+    """Returns a mean with the confidence interval that Student's t gives it, the mean alone of a single value."""
+    if len(values) < 2:
+        return "".join(format(value, "+.2f") for value in values)
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = error * stats.t.ppf((1 + CONFIDENCE) / 2, df=len(values) - 1)
+    return f"{mean:+.2f} ({mean - half:+.2f} … {mean + half:+.2f})"
+
+
+def each(values: list[float]) -> str:
+    return ", ".join(format(value, "+.2f") for value in values)
+
+
 # Pictures
 
 
 def write_pictures(results: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for group in ("main", "pathfinder 32", "pathfinder 48, from 32"):
+    """Draws what models of the first seed have learned and see, and the picture of README."""
+    for group in ("main", "drawings 32", "drawings 64"):
         rows = {name: row for (own, name), row in first_rows().items() if own == group}
-        there = {name for name, row in rows.items() if (results / "runs" / row.identifier / BEST).is_file()}
-        models = {name: load(row, results) for name, row in rows.items() if name in there}
+        models = {
+            name: load(row, results)
+            for name, row in rows.items()
+            if (results / "runs" / row.identifier / BEST).is_file()
+        }
         if not models:
             continue
-        name, first = group.replace(",", "").replace(" ", "-"), rows["ConvNeXt"]
+        name, first = group.replace(" ", "-"), rows["ConvNeXt"]
         images = held_out(results / "data" / first.data, first.arguments.img_size)
-        plot_receptive_fields(models, images).savefig(folder / f"{name}-receptive-fields.png", dpi=110)
+        own = folder / "results"
+        plot_receptive_fields(models, images).savefig(own / f"{name}-receptive-fields.png", dpi=110)
         if group != "main":
-            examples(results / "data" / first.data).save(folder / f"{name}-examples.png")
-        if (model := models.get("local taps, parseval")) is not None:
-            plot_alpha_norms(model).savefig(folder / f"{name}-alpha.png", dpi=110)
-            plot_kernels(model).savefig(folder / f"{name}-kernels.png", dpi=90)
+            examples(results / "data" / first.data).save(own / f"{name}-examples.png")
+        if (model := models.get("local taps, kernel")) is not None:
+            plot_alpha_norms(model).savefig(own / f"{name}-alpha.png", dpi=110)
+            plot_kernels(model).savefig(own / f"{name}-kernels.png", dpi=90)
+            if group == "drawings 64":
+                plot_overview(model, models["ConvNeXt"], images).savefig(folder / "overview.png", dpi=110)
 
 
 def load(row: Row, results: Path) -> Any:

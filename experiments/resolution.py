@@ -5,7 +5,7 @@
 
 Evaluates the weights of the first command without training, at all sizes, and writes OUTPUT/resolution.csv; then the
 tables of the document that stand between the lines ``<!-- resolution -->`` or ``<!-- drawings -->`` and ``<!-- end
--->``. The latter are of the groups "pathfinder 48, from 32" and "pathfinder 48, resampled"; where there are weights of
+-->``. The latter are of the groups "drawings 64, kept kernels" and "drawings 64"; where there are weights of
 these, what their stages see goes to resolution-drawings.png beside the document.
 """
 
@@ -21,7 +21,18 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from experiments.report import BEST, Lines, accuracies_of, first_rows, held_out, load, read_lines, spread
+from experiments.report import (
+    BEST,
+    Lines,
+    accuracies_of,
+    first_rows,
+    held_out,
+    interval,
+    load,
+    paired,
+    read_lines,
+    spread,
+)
 from experiments.rows import GOING_ON, LARGER_SIDES, before_resolution_row, resolution_rows
 from experiments.run import commit, environment, now
 from mrconvnext.benchmarking.report import with_table
@@ -29,7 +40,7 @@ from mrconvnext.plots import plot_receptive_fields
 
 SIDES = (32, *LARGER_SIDES)
 COLUMNS = ("kernels", "img_size", "tuned", "seed", "top1", "hardware", "torch", "timm", "python", "commit", "date")
-DRAWINGS = {"kept kernels": "pathfinder 48, from 32", "resampled kernels": "pathfinder 48, resampled"}
+DRAWINGS = {"kept kernels": "drawings 64, kept kernels", "moved kernels": "drawings 64"}
 ON_DRAWINGS = "local taps, kernel"
 
 
@@ -56,7 +67,7 @@ def main() -> int:
     rows = {name: first_rows()[group, ON_DRAWINGS] for name, group in DRAWINGS.items()}
     if all((args.output / "runs" / row.identifier / BEST).is_file() for row in rows.values()):
         models = {name: load(row, args.output) for name, row in rows.items()}
-        images = held_out(args.output / "data" / "pathfinder-48", 48)
+        images = held_out(args.output / "data" / "drawings-64", 64)
         plot_receptive_fields(models, images).savefig(args.document.with_name("resolution-drawings.png"), dpi=110)
     return 0
 
@@ -72,7 +83,7 @@ def evaluated(output: Path) -> list[dict[str, Any]]:
         if side != 32 and name == "resampled kernels":
             model.set_input_size(side)
         config = resolve_data_config({"input_size": (3, side, side)}, model=model)
-        images = ImageFolder(str(output / "data" / row.data / "validation"), create_transform(**config))
+        images = ImageFolder(str(output / "data" / row.data / "test"), create_transform(**config))
         right = sum(int((model(x).argmax(-1) == target).sum()) for x, target in DataLoader(images, batch_size=250))
         lines.append(line(name, side, False, seed, 100 * right / len(images)))
     return lines
@@ -108,12 +119,15 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def drawings_table(results: Lines) -> str:
-    """Returns the accuracy of models that went on from drawings of 32 px to those of 48, by what became of kernels."""
+    """Returns the accuracy of models that went on from drawings of 32 px to those of 64, by what became of kernels, at
+    the seeds that were trained with both."""
     accuracies = accuracies_of(results)
-    rows = ["| top-1, %, drawings of 48 px | seeds | one pass after 32 px |", "| --- | --- | --- |"]
-    for name, group in DRAWINGS.items():
-        own = list(accuracies[group, ON_DRAWINGS].values())
-        rows.append(f"| {name} | {len(own)} | {spread(own, '.2f')} |")
+    kept, moved = (accuracies[group, ON_DRAWINGS] for group in DRAWINGS.values())
+    seeds = [seed for seed in kept if seed in moved]
+    rows = ["| test, %, drawings of 64 px | seeds | one pass after 32 px |", "| --- | --- | --- |"]
+    for name, own in zip(DRAWINGS, (kept, moved)):
+        rows.append(f"| {name} | {len(seeds)} | {spread([own[seed] for seed in seeds], '.2f')} |")
+    rows.append(f"| moved less kept | {len(seeds)} | {interval(paired(moved, kept))} |")
     return "\n".join(rows)
 
 

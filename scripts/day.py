@@ -1,4 +1,4 @@
-"""A newcomer's day with a folder of pictures: README's commands for one's own images, as they stand, each timed.
+"""A newcomer's day with a folder of pictures: the commands of docs/own-images.md, as they stand, each timed.
 
     python scripts/day.py photos day                     # class folders, and a folder that does not exist yet
     python scripts/day.py photos day -- --epochs 3       # what follows -- goes to the training commands as well
@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 from PIL import Image
 
-README = Path(__file__).parents[1] / "README.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "own-images.md"
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def live(photos: Path, folder: Path, more: Sequence[str] = (), patience: float = 0) -> list[Done]:
-    """Runs README's commands in a new folder, and returns how each ended.
+    """Runs the guide's commands in a new folder, and returns how each ended.
 
     Args:
         photos: Class folders.
@@ -70,10 +70,10 @@ def live(photos: Path, folder: Path, more: Sequence[str] = (), patience: float =
 
 
 def commands() -> list[list[str]]:
-    """Returns the words of README's commands, without those that install."""
-    block = re.search(r"<!-- day -->\n```\n(.*?)```", README.read_text(), re.DOTALL)
+    """Returns the words of the guide's commands, without those that install."""
+    block = re.search(r"<!-- day -->\n```\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     if block is None:
-        raise ValueError(f"{README} has no commands after a line <!-- day -->")
+        raise ValueError(f"{GUIDE} has no commands after a line <!-- day -->")
     lines = [shlex.split(line, comments=True) for line in block[1].splitlines()]
     return [words for words in lines if words[0] != "pip"]
 

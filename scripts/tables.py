@@ -1,10 +1,10 @@
 """Writes the tables of documents from the benchmark's CSVs.
 
-    python -m scripts.tables docs/performance.md docs/training.md
+    python -m scripts.tables README.md docs/performance.md docs/training.md
 
 A table stands between lines such as ``<!-- benchmark/benchmark.csv: model form ms ratio -->``, a path from the
 document's folder and columns of that file, and ``<!-- end -->``. Above it stand the command that the file is from, the
-hardware and the versions. Cells are as the benchmark prints them.
+hardware and the versions. Cells are as the benchmark prints them. ``<!-- speed -->`` is README's short table.
 """
 
 import argparse
@@ -14,10 +14,22 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from mrconvnext.benchmarking.report import cell
+from mrconvnext.benchmarking.report import cell, with_table
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 TABLE = re.compile(r"<!-- (\S+\.csv): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?")
+
+SPEED = "speed"
+# Its lines: words, file, and batch.
+SPEEDS = (
+    ("deployed, batch 1", "benchmark.csv", "1"),
+    ("deployed, batch 8", "benchmark.csv", "8"),
+    ("deployed, batch 32", "benchmark-batches.csv", "32"),
+    ("a training step, batch 16", "benchmark-training.csv", "16"),
+)
+MODEL, FORMS = "mrconvnext_tiny", ("deployed", "training form")
 
 HEADERS = {"batch_size": "batch", "img_size": "px", "gflops": "GFLOPs"}
 HEADERS |= {"memory_mib": "peak MiB", "memory_ratio": "peak, ratio"}
@@ -37,13 +49,34 @@ def with_tables(document: Path) -> str:
         path, columns = match.groups()
         return f"<!-- {path}: {columns} -->\n{block(document.parent, path, columns.split())}\n<!-- end -->"
 
-    return TABLE.sub(made, document.read_text())
+    text = TABLE.sub(made, document.read_text())
+    if f"<!-- {SPEED} -->" in text:
+        text = with_table(text, SPEED, speed_table(DOCS / "benchmark"))
+    return text
+
+
+def speed_table(folder: Path) -> str:
+    """Returns how fast the tiny model is, over timm's ConvNeXt and over the one with this package's blocks."""
+    lines = [f"| {MODEL}, 224 px | of timm's ConvNeXt | of ConvNeXt with these blocks |", "| --- | --- | --- |"]
+    for words, file, batch in SPEEDS:
+        rows = [numbers(line) for line in read(folder / file) if line["batch_size"] == batch]
+        form = FORMS["training" in words]
+        own = next(row for row in rows if (row["model"], row["form"]) == (MODEL, form))
+        blocks = next(row for row in rows if row["form"] == "fused blocks")
+        lines.append(f"| {words} | {cell(own, 'ratio')} | {blocks['ms'] / own['ms']:.3g} |")
+    first = read(folder / SPEEDS[0][1])[0]
+    origin = f"{first['hardware']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}"
+    return "\n".join([*lines, "", f"{origin}, timm {first['timm']}, {first['date'][:10]}."])
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def block(folder: Path, path: str, columns: list[str]) -> str:
     """Returns the command of a file, what it was run with, and its table."""
-    with open(folder / path, newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read(folder / path)
     first = lines[0]
     command = textwrap.wrap(first["command"], 116, subsequent_indent="    ", break_on_hyphens=False)
     versions = f"torch {first['torch']}, timm {first['timm']}, {first['date'][:10]}"

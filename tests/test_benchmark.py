@@ -145,9 +145,9 @@ def test_tables_of_a_document_show_medians_with_their_spread(evaluation: Path) -
     assert "old" not in text and "python benchmark_throughput.py" in text
 
 
-@pytest.mark.parametrize("name", ["performance.md", "training.md", "resolution.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/training.md", "docs/resolution.md"])
 def test_tables_of_the_documents_are_those_of_their_files(name: str) -> None:
-    document = Path(tables.__file__).parent.parent / "docs" / name
+    document = Path(tables.__file__).parent.parent / name
     assert tables.with_tables(document) == document.read_text()
 
 

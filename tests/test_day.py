@@ -1,4 +1,4 @@
-"""A newcomer's day with a folder of pictures: README's commands, one after the other."""
+"""A newcomer's day with a folder of pictures: the guide's commands, one after the other."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from runs import write_images
 
 from scripts import day
 
-# Fewer epochs than the recipe's, for the sake of time; README's commands are run as they stand but for these.
+# Fewer epochs than the recipe's, for the sake of time; the guide's commands are run as they stand but for these.
 SMALLER = ["--epochs", "3", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,16,24,32)"]
 
 
@@ -34,4 +34,4 @@ def test_the_day(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "day" / "model.onnx")
     assert session.get_inputs()[0].shape[1:] == [3, 64, 64]
     pictures = {file.name for file in (tmp_path / "day" / "pictures").iterdir()}
-    assert pictures == {"kernels.png", "alpha.png", "receptive-fields.png"}
+    assert pictures == {"index.html", "kernels.png", "alpha.png", "receptive-fields.png"}

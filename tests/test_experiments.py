@@ -5,6 +5,7 @@ import csv
 import fcntl
 import gzip
 import io
+import json
 import os
 import signal
 import threading
@@ -18,10 +19,11 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 
-from experiments import norms, report, resolution, rows, run, speed
-from experiments.data import MissingData, draw_pathfinder, write_fashion
-from mrconvnext import MRConv2d
+from experiments import report, resolution, rows, run, speed
+from experiments.data import MissingData, draw, write, write_fashion
+from experiments.photographs import write_weights
 from mrconvnext.benchmarking import timing
 
 OPTIONS = "--dataset digits --img-size 32 --model convnext_atto --model-kwargs depths=(1,1,1,1) dims=(8,8,8,8)".split()
@@ -41,7 +43,7 @@ def use_short_rows(monkeypatch: pytest.MonkeyPatch) -> list[rows.Row]:
         rows.Row("second", "starts from what failed", 0, "digits", tuple(OPTIONS), "first-fails-0"),
     ]
     monkeypatch.setattr(run, "all_rows", lambda: own)
-    monkeypatch.setattr(run, "write", lambda name, folder, fashion_mnist: None)
+    monkeypatch.setattr(run, "write", lambda name, folder, sources: None)
     return own
 
 
@@ -137,7 +139,7 @@ def test_a_row_that_a_killed_runner_left_keeps_others_out(short_rows: list, tmp_
     with run.only_one(tmp_path) as lock:
         runner = run.Runner(run.parse_args(["--output", str(tmp_path)]), lock)
         command = ["python", str(tmp_path / "wait.py"), str(end)]
-        thread = threading.Thread(target=lambda: left.append(runner.train(command, tmp_path / "log")))
+        thread = threading.Thread(target=lambda: left.append(runner.call(command, tmp_path / "log")))
         thread.start()
         while not runner.processes:
             time.sleep(0.01)
@@ -187,7 +189,7 @@ def test_damaged_images_name_their_file(tmp_path: Path) -> None:
 
 def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
     own = rows.all_rows()
-    varied = ("model", "model_kwargs", "output", "keep_kernels", "given")
+    varied = ("model", "model_kwargs", "output", "keep_kernels", "pretrained", "given")
     assert len({row.identifier for row in own}) == len(own)
     for group in {row.group for row in own} - {"changes"}:
         recipes, shapes = set(), set()
@@ -195,36 +197,96 @@ def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
             if row.group == group:
                 args = vars(row.arguments)
                 recipes.add(str({name: value for name, value in args.items() if name not in varied}))
-                shapes.add(str([args["model_kwargs"][name] for name in ("depths", "dims", "patch_size")]))
+                shapes.add(str([args["model_kwargs"].get(name) for name in ("depths", "dims", "patch_size")]))
         assert len(recipes) == len(shapes) == 1, group
-    assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == {0, 1, 2}
+    assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == set(range(5))
     assert all(any(other.identifier == row.start for other in own) for row in own if row.start)
 
 
 def test_every_row_names_its_norm() -> None:
     """A row must mean the same whatever the default is."""
     for row in rows.all_rows():
-        assert row.arguments.model.startswith("convnext") or "branch_norm" in row.arguments.model_kwargs, row.identifier
+        named = "branch_norm" in row.arguments.model_kwargs
+        assert named or not row.arguments.model.startswith("mrconvnext"), row.identifier
 
 
 def test_fashion_mnist_is_written_as_it_is(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    labels = np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)
-    for prefix in ("train", "t10k"):
-        for name, header, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
-            with gzip.open(tmp_path / f"{prefix}-{name}-ubyte.gz", "wb") as file:
+    """The test is of the last training images, of which none is trained on; the official test is for choosing."""
+    count = 20_000
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    labels = (np.arange(count) % 3).astype(np.uint8)
+    for prefix, own in (("train", count), ("t10k", 6)):
+        for name, header, values in (("images-idx3", 16, pixels[:own]), ("labels-idx1", 8, labels[:own])):
+            with gzip.open(tmp_path / f"{prefix}-{name}-ubyte.gz", "wb", compresslevel=0) as file:
                 file.write(bytes(header) + values.tobytes())
     write_fashion(tmp_path, tmp_path / "out", images=4, classes=(0, 2))
-    names = sorted(str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out" / "train").rglob("*.png"))
-    assert [name.split("/")[1] for name in names] == ["0", "0", "2"]
-    assert len(list((tmp_path / "out" / "validation").rglob("*.png"))) == 4
-    with Image.open(tmp_path / "out" / names[1]) as image:
-        assert np.array_equal(np.asarray(image), pixels[3])
+    folders = {
+        split: sorted(file.relative_to(tmp_path / "out" / split) for file in (tmp_path / "out" / split).rglob("*.png"))
+        for split in ("train", "validation", "test")
+    }
+    assert [file.parts[0] for file in folders["train"]] == ["0", "0", "2"]
+    assert len(folders["validation"]) == 4
+    assert len(folders["test"]) == sum(label != 1 for label in labels[-10_000:])
+    for split, place, pixel in (("train", 1, 3), ("test", 0, next(i for i in range(10_000, count) if i % 3 == 0))):
+        with Image.open(tmp_path / "out" / split / folders[split][place]) as image:
+            assert np.array_equal(np.asarray(image), pixels[pixel])
+
+
+def test_pictures_are_dealt_out_once(tmp_path: Path) -> None:
+    """Whatever the number for training, validation and test are the same pictures; transparent ones lie on white."""
+    (tmp_path / "img" / "twitter" / "64").mkdir(parents=True)
+    own = []
+    for i in range(16):
+        Image.new("RGBA", (4, 4), (i, 0, 0, 255 if i else 0)).save(tmp_path / "img" / "twitter" / "64" / f"{i}.png")
+        own.append({"image": f"{i}.png", "category": "Flags", "has_img_twitter": True})
+    own += [{"image": "x.png", "category": "Flags", "has_img_twitter": False}]
+    (tmp_path / "emoji.json").write_text(json.dumps(own))
+    found = {}
+    for count in (3, 100):
+        folder = tmp_path / str(count)
+        write(f"emoji-{count}", folder, {"emoji": tmp_path})
+        for split in ("train", "validation", "test"):
+            colours = [np.asarray(Image.open(file))[0, 0].tolist() for file in sorted((folder / split).rglob("*.png"))]
+            found[count, split] = sorted(colours)
+    assert [len(found[3, split]) for split in ("train", "validation", "test")] == [3, 2, 4]
+    assert all(found[3, split] == found[100, split] for split in ("validation", "test"))
+    everything = sum((found[100, split] for split in ("train", "validation", "test")), [])
+    assert sorted(everything) == [[i, 0, 0] for i in range(1, 16)] + [[255, 255, 255]]
+    for kind, option in (("emoji", "--emoji"), ("solar", "--elpv")):
+        with pytest.raises(MissingData, match=option):
+            write(f"{kind}-3", tmp_path / "none", {"emoji": None, "elpv": None})
+
+
+def test_efficientnet_with_global_kernels_starts_as_itself(tmp_path: Path) -> None:
+    """From a file of weights in the order of the package, and again from a file of its own."""
+    plain = timm.create_model("tf_efficientnet_lite0").eval()
+    torch.save({str(i): tensor for i, tensor in enumerate(plain.state_dict().values())}, tmp_path / "weights.pth")
+    write_weights(tmp_path / "weights.pth", tmp_path / "lite0.safetensors")
+    options = {"start": str(tmp_path / "lite0.safetensors"), "img_size": 64}
+    model = timm.create_model("tf_efficientnet_lite0_global", **options).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(model(x), plain(x), atol=1e-5)
+        kernels = model.kernel_parameters()
+        assert kernels and kernels <= model.no_weight_decay()
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.add_(torch.randn_like(parameter))
+        save_file(model.state_dict(), tmp_path / "own.safetensors")
+        overlay = {"file": str(tmp_path / "own.safetensors")}
+        again = timm.create_model(
+            "tf_efficientnet_lite0_global", pretrained=True, pretrained_cfg_overlay=overlay, **options
+        ).eval()
+        assert torch.equal(again(x), model(x)) and not torch.allclose(model(x), plain(x), atol=1e-2)
+    torch.save({"0": torch.zeros(3)}, tmp_path / "other.pth")
+    for file in ("other.pth", "none.pth"):
+        with pytest.raises(MissingData, match=file):
+            write_weights(tmp_path / file, tmp_path / "lite0.safetensors")
 
 
 def test_drawings_hold_two_curves_and_two_discs() -> None:
     """With the discs in one piece if they are joined, in two if they are not, at the same places."""
-    drawings = {joined: draw_pathfinder(64, joined, np.random.default_rng(1)) for joined in (False, True)}
+    drawings = {joined: draw(64, joined, np.random.default_rng(1)) for joined in (False, True)}
     places = {}
     for joined, image in drawings.items():
         curves = pieces(np.asarray(image) > 60)
@@ -232,7 +294,7 @@ def test_drawings_hold_two_curves_and_two_discs() -> None:
         assert image.size == (64, 64) and len(curves) == len(discs) == 2
         assert sum(any(disc <= curve for disc in discs) for curve in curves) == (1 if joined else 2)
         places[joined] = sorted(np.mean(list(disc), axis=0).tolist() for disc in discs)
-        same = draw_pathfinder(64, joined, np.random.default_rng(1))
+        same = draw(64, joined, np.random.default_rng(1))
         assert np.array_equal(np.asarray(image), np.asarray(same))
     assert np.allclose(places[False], places[True], atol=1)
 
@@ -260,35 +322,40 @@ def test_times_leave_out_interruptions() -> None:
     assert step_ms != step_ms and steps == 40  # resumed for its last steps: nothing to tell the time by
 
 
+def result(group: str, name: str, seed: int, test: float) -> dict[str, str]:
+    own = {"group": group, "name": name, "seed": str(seed), "status": "done", "top1": "80", "test_top1": str(test)}
+    return {**own, "parameters": "1000", "steps": "9"}
+
+
 def test_the_tables_say_what_the_results_say() -> None:
-    lines = [
-        dict(
-            identifier=f"main-{name}-{seed}",
-            group="main",
-            name=name,
-            seed=str(seed),
-            status="done",
-            top1=str(top1),
-            loss="0.5",
-            parameters="1000",
-            steps="9",
-        )
-        for name, values in (("ConvNeXt", (70, 72)), ("local taps, parseval", (72, 75)))
-        for seed, top1 in enumerate(values)
-    ]
+    values = {"ConvNeXt": (70, 72), "local taps, kernel": (72, 75)}
+    lines = [result("main", name, seed, top1) for name, own in values.items() for seed, top1 in enumerate(own)]
     lines.append({**lines[0], "name": "paper's layer, batch", "status": "failed"})
     spec = rows.main_rows()[0].spec
     speeds = {(spec, 16, 64, "training"): 288.0, (spec, 16, 64, "running"): 1234.5, (spec, 16, 32, "running"): 1.0}
-    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds, [])
+    text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds)
     assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
-    assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  | 0.500 ± 0.000 | 1,000 | 9 | 2 | 1234 |" in text
-    assert "| local taps, parseval | 2 | 73.50 ± 2.12 | +2.50 ± 0.71 | 0.500 ± 0.000 | 1,000 | 9 |  |  |" in text
+    assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  |  | 80.00 ± 0.00 | 1,000 | 9 | 2 | 1234 |" in text
+    # Of +2 and +3: 2.5 and 12.706 (Student's t of one degree of freedom) times 0.5.
+    difference = "+2.50 (-3.85 … +8.85) | +2.00, +3.00"
+    assert f"| local taps, kernel | 2 | 73.50 ± 2.12 | {difference} | 80.00 ± 0.00 | 1,000 | 9 |  |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
-    assert report.with_tables(text, lines, speeds, []) == text
-    batch = [{**line, "name": "local taps, batch", "top1": top1} for line, top1 in zip(lines[2:4], ("72.5", "74"))]
-    text = report.with_tables("<!-- parseval less batch -->\n<!-- end -->", lines + batch, speeds, [])
-    assert "| table | seeds | parseval less batch |" in text
-    assert "| main | 2 | +0.25 ± 1.06 | -0.50, +1.00 |" in text
+    assert report.with_tables(text, lines, speeds) == text
+    batch = [result("main", "local taps, batch", seed, top1) for seed, top1 in ((0, 72.5), (1, 74), (2, 99))]
+    text = report.with_tables("<!-- kernel less batch -->\n<!-- end -->", lines + batch, speeds)
+    assert "| main | 2 | +0.25 (-9.28 … +9.78) | -0.50, +1.00 |" in text
+    other = "<!-- of another program -->\nits table\n<!-- end -->"
+    assert report.with_tables(other, lines, speeds) == other
+
+
+def test_the_comparison_is_paired_by_seed() -> None:
+    lines = [result("two passes", "ConvNeXt", seed, top1) for seed, top1 in enumerate((70, 80, 99))]
+    lines += [result("two passes", "local taps, kernel", seed, top1) for seed, top1 in enumerate((71, 81))]
+    lines += [result("equal time", "local taps, kernel", 1, 82.5)]
+    text = report.with_tables("<!-- compared -->\n<!-- end -->", lines, {})
+    assert "| 2 | 75.00 | 76.00 | +1.00 (+1.00 … +1.00) |" in text
+    assert "equal training time | 1 | 80.00 | 82.50 | +2.50 |" in text
+    assert text.count("\n") == 5  # nothing of what was not run
 
 
 @pytest.mark.slow
@@ -298,42 +365,25 @@ def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(timing, "measure_apart", timing.measure)
     monkeypatch.setattr(timing, "count", lambda row, args: None)
     monkeypatch.setattr(timing, "TURN_SECONDS", 0)
-    own = [row for row in rows.main_rows() if row.name in ("ConvNeXt", "local taps, parseval")]
+    own = [row for row in rows.main_rows() if row.name in ("ConvNeXt", "local taps, kernel")]
     monkeypatch.setattr(speed, "main_rows", lambda: own)
-    monkeypatch.setattr(speed, "pathfinder_rows", lambda: [])
+    monkeypatch.setattr(speed, "drawing_rows", lambda: [])
+    emoji = [row for row in rows.photograph_rows() if row.group == "emoji"]
+    monkeypatch.setattr(speed, "photograph_rows", lambda: emoji)
     assert speed.main(["--output", "out", "--rounds", "1"]) == 0
     speeds = report.read_speeds(tmp_path / "out" / "speed")
     assert set(speeds) == {(row.spec, 16, 64, form) for row in own for form in ("training", "running")}
+    photographs = report.read_lines(tmp_path / "out" / "speed" / "photographs.csv")
+    assert [(line["model"], line["img_size"]) for line in photographs] == [(name, "64") for name in rows.LITE]
+    assert float(photographs[0]["ratio"]) == 1 and float(photographs[1]["ms"]) > 0
     assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "out").rglob("*.csv"))
 
 
-def test_statistics_of_a_model_are_compared_branch_by_branch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    options = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 16), "patch_size": 1, "img_size": 16}
-    options["branch_norm"] = "parseval"
-    model = timm.create_model("mrconvnext_atto", **options)
-    lines = norms.compare(model, torch.randn(64, 3, 16, 16))
-    layers = [layer for layer in model.modules() if isinstance(layer, MRConv2d)]
-    assert [line["branch"] for line in lines] == [
-        str(i + 1) for layer in layers for i in range(len(layer.branch_lengths))
-    ]
-    assert all(0.8 < float(line["variance_10"]) <= float(line["variance_90"]) < 1.25 for line in lines)
-    # Of images that are alike but for their brightness, the variance lies where no correlation shows it.
-    patterns = torch.randn(3, 16, 16) * torch.linspace(-1, 1, 64)[:, None, None, None]
-    shares = [float(line["variance_90"]) - float(line["variance_10"]) for line in norms.compare(model, patterns)]
-    assert max(shares) > 0.5
-
-    monkeypatch.setattr("sys.argv", ["norms", "--output", str(tmp_path)])
-    assert norms.main() == 2
-    assert "best.safetensors" in capsys.readouterr().err
-
-
-def test_published_tables_are_those_of_the_published_results() -> None:
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda file: file.name)
+def test_published_tables_are_those_of_the_published_results(document: Path) -> None:
     published = DOCS / "results"
-    lines, statistics = (report.read_lines(published / name) for name in ("results.csv", "norms.csv"))
-    text = (DOCS / "results.md").read_text()
-    assert report.with_tables(text, lines, report.read_speeds(published / "speed"), statistics) == text
+    lines, speeds = report.read_lines(published / "results.csv"), report.read_speeds(published / "speed")
+    assert report.with_tables(document.read_text(), lines, speeds) == document.read_text()
 
 
 def test_the_tables_of_resolution_are_those_of_its_files() -> None:

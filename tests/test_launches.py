@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, against ConvNeXt: the bounds that docs/architecture.md states."""
+"""What a GPU would be asked to do, against ConvNeXt: the bounds that docs/gpu.md states."""
 
 from types import ModuleType
 

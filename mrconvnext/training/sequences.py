@@ -122,7 +122,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    methods = "how long kernels are parameterized, or lstm for PyTorch's (default: %(default)s)"
+    methods = "parameterization of the long kernels, or lstm for PyTorch's (default: %(default)s)"
     add("--method", choices=METHODS, default=METHODS[0], help=methods)
     add("--depth", type=positive, default=6, help="number of blocks (default: %(default)s)")
     add("--dim", type=positive, default=128, help="number of channels (default: %(default)s)")
