@@ -23,4 +23,4 @@ __all__ = [
     "save",
     "with_global_kernels",
 ]
-__version__ = "0.2.0"
+__version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import logging
 import sys
 import warnings
@@ -17,7 +18,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .convert import options_of_file
+from .convert import options_of_file, without_branches
 from .flops import count_flops
 from .hub import (
     HTTP_ERROR,
@@ -47,6 +48,12 @@ SOURCE is a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME, one of 
 (mrconvnext_tiny.convnext_fb_in1k, convnext_tiny.fb_in1k), or a checkpoint file with --model. A ConvNeXt is taken as an
 MRConvNeXt whose branches have α = 0.
 """
+
+# What an error says that SOURCE may be.
+ALLOWED = "a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME or one of timm's names of a ConvNeXt"
+
+# Files that stand for their folder.
+WRITTEN = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,8 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
     own.add_argument("--batch-size", "-b", type=positive, default=32, help="images at once (default: %(default)s)")
     own.add_argument("--workers", "-j", type=natural, default=2, help="processes that read images (default: 2)")
 
-    own = command("plot", plot, "draw a checkpoint's kernels, their weights and what each stage sees, as pictures")
-    own.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="where to write the pictures")
+    text = "draw a checkpoint's kernels, their weights and what each stage sees, as pictures and as a page, index.html"
+    own = command("plot", plot, f"{text}, beside the plain ConvNeXt")
+    own.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="where to write pictures and page")
     own.add_argument("--images", metavar="FOLDER", help="images that gradients are taken on (default: random ones)")
     own.add_argument("--max-images", type=positive, default=8, help="number of them that are taken (default: 8)")
 
@@ -133,19 +141,20 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
     path = Path(args.source)
     options = dict(args.model_kwargs)
     name = args.source
-    if path.is_file() and args.model is None and path.with_name("config.json").is_file():
+    if path.is_file() and args.model is None and path.name in WRITTEN and path.with_name("config.json").is_file():
         path = path.parent
     if path.is_file():
         if args.model is None:
-            raise ValueError(f"{path} is a file: say with --model what it is of, such as --model mrconvnext_tiny")
+            raise ValueError(
+                f"{path} is a file: if it is a checkpoint, say with --model what it is of, such as --model "
+                f"mrconvnext_tiny, else give {ALLOWED}"
+            )
         name = args.model
         found = options_of_file(path)
         overlay = {"file": str(path), "num_classes": found["num_classes"]}
         options = {**found, **options, "pretrained_cfg_overlay": overlay}
-    elif (path / "args.yaml").is_file():
-        raise ValueError(f"{path} is the folder of a training run: give {path / 'fused'} or {path / 'trained'}")
     elif path.is_dir():
-        read_config(path)  # whose errors say more than timm's
+        check_folder(path)
         name = f"local-dir:{path}"
     elif not args.source.startswith(("hf-hub:", "local-dir:")):
         check_name(args.source, also="a file or folder, nor ")
@@ -161,6 +170,25 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
     return model.eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a ValueError if a folder does not hold a model of images, which says more than timm's errors."""
+    if is_of_sequences(folder) or is_of_sequences(folder / "trained"):
+        raise ValueError(f"{folder} holds an MRConvSequence, a model of sequences: give {ALLOWED}")
+    if (folder / "args.yaml").is_file():
+        raise ValueError(f"{folder} is the folder of a training run: give {folder / 'fused'} or {folder / 'trained'}")
+    if not read_config(folder):
+        raise ValueError(f"{folder} holds no config.json: give {ALLOWED}")
+
+
+def is_of_sequences(folder: Path) -> bool:
+    """Returns whether a folder is one that MRConvSequence.save_pretrained wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "architecture" not in config and {"vocabulary", "pooling"} <= config.keys()
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -290,21 +318,29 @@ def to_onnx(args: argparse.Namespace) -> int:
 
 def plot(args: argparse.Namespace) -> int:
     try:
-        from . import plots
+        from . import page, plots
     except ImportError as error:
         raise ValueError(f'plot needs matplotlib ({error}): pip install "mrconvnext[plots]"') from error
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is not a folder")
     model = load(args)
     images = random_images(model) if args.images is None else real_images(model, args.images, args.max_images)
     figures = {"kernels": plots.plot_kernels(model)}
     if not is_deployed(model):
         figures["alpha"] = plots.plot_alpha_norms(model)
-    fields = plots.plot_receptive_fields({model.pretrained_cfg["architecture"]: model}, images)
-    fields.suptitle(f"on {len(images)} {'random images' if args.images is None else 'images'}", fontsize="small")
-    figures["receptive-fields"] = fields
+    kind = "random image" if args.images is None else "image"
+    taken_on = f"{len(images)} {kind}{'s' if len(images) > 1 else ''}"
+    plain = without_branches(model)
+    fields = [plots.receptive_fields(own, images) for own in (model, plain)]
+    figures["receptive-fields"] = plots.draw_receptive_fields({model.pretrained_cfg["architecture"]: fields[0]})
+    figures["receptive-fields"].suptitle(f"on {taken_on}", fontsize="small")
+    text = page.make_page(model, plain, fields, args.source, taken_on)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(args.output / f"{name}.png", dpi=110)
         print(args.output / f"{name}.png")
+    (args.output / "index.html").write_bytes(text.encode("utf-8", errors="replace"))
+    print(args.output / "index.html")
     return 0
 
 

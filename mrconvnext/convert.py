@@ -3,6 +3,7 @@
 An MRConvNeXt whose α is zero computes what the ConvNeXt computes that its local taps come from, at every image size.
 """
 
+import copy
 import dataclasses
 import logging
 import re
@@ -13,6 +14,7 @@ from typing import Any, Optional
 import torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, convnext, load_state_dict
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from .grid import add_local_taps
@@ -154,7 +156,7 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         height, width, guard = found.tolist()
         taps = state_dict.get(f"{name}.local_taps", state_dict.get(f"{name}.weight"))
         if layer.kernel_size != (0 if taps is None else taps.shape[-1]) or guard not in (layer.local_reach, width - 1):
-            continue  # of other taps, or deployed by version 0.1, which the layer refuses
+            continue  # of other taps, or deployed before version 0.1, which the layer refuses
         made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
         if made_for != layer.made_for:
             layer.make_for(made_for)
@@ -206,6 +208,67 @@ def taps_alone(layer: MRConv2d, name: str, weight: Tensor, bias: Optional[Tensor
     return own if bias is None else {**own, "bias": bias}
 
 
+def without_branches(model: nn.Module) -> ConvNeXt:
+    """Returns the plain ConvNeXt in an MRConvNeXt: a copy of it whose convolutions are the local taps alone.
+
+    In training form that is what the model computes where α is zero. Deployed layers keep their local taps, but the
+    norms "parseval" and "batch" leave what they shift the branches by in the bias. Where there are no local taps, see
+    `local_taps_of`, those of the copy are 7×7 and random, the same every time.
+
+    Args:
+        model: The MRConvNeXt, in either form; it stays as it is.
+    """
+    plain: Any = copy.deepcopy(model)
+    for stage in plain.stages:
+        for block in stage.blocks:
+            block.conv_dw = _local_convolution(block.conv_dw)
+    plain.__class__ = ConvNeXt
+    return plain
+
+
+def about_plain(model: Any) -> str:
+    """Returns in words what `without_branches` makes of an MRConvNeXt, and what that can't show."""
+    layers = [stage.blocks[0].conv_dw for stage in model.stages]
+    new = [str(stage) for stage, layer in enumerate(layers, start=1) if local_taps_of(layer) is None]
+    if layers[0].kernel is None:
+        text = "The plain ConvNeXt is this model with its branches closed, α = 0: all other weights are the same."
+    else:
+        text = "The branches of this model are folded into its kernels. The plain ConvNeXt has the local taps that are "
+        text += "kept beside these, and all other weights of the model."
+        if not layers[0].norm_is_linear:
+            text += " Its biases hold what the norms of the branches add."
+    if new:
+        text += f" There are no local taps in stage {', '.join(new)}: its convolutions there are new, 7×7 and random."
+    scales = [block.gamma for stage in model.stages for block in stage.blocks]
+    if all(scale is not None and scale.abs().max() < 1e-3 for scale in scales):
+        text += " All layer scales are below a thousandth, as in a new model: its blocks add next to nothing yet."
+    return text + " A ConvNeXt that was trained by itself may have learned to look elsewhere."
+
+
+def local_taps_of(layer: MRConv2d) -> Optional[Tensor]:
+    """Returns a layer's local taps (C, 1, k, k) in either form; None if it has none, or deployed before version 0.1."""
+    taps = layer.weight if layer.kernel is None else layer.local_taps
+    return None if taps is None or taps.isnan().any() else taps.detach().clone()
+
+
+def _local_convolution(layer: MRConv2d) -> nn.Conv2d:
+    taps = local_taps_of(layer)
+    if taps is None:
+        taps = torch.randn(layer.channels, 1, 7, 7, generator=torch.Generator().manual_seed(layer.seed))
+        taps = (0.02 * taps).to(layer.alpha)  # as ConvNeXt's start
+    conv = nn.Conv2d(
+        layer.channels,
+        layer.channels,
+        taps.shape[-1],
+        padding=layer.dilation * (taps.shape[-1] // 2),
+        dilation=layer.dilation,
+        groups=layer.channels,
+    )
+    bias = layer.alpha.new_zeros(layer.channels) if layer.bias is None else layer.bias.detach().clone()
+    conv.weight, conv.bias = nn.Parameter(taps), nn.Parameter(bias)
+    return conv.train(layer.training)
+
+
 def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
     """Raises if names or shapes differ from the model's, but for the classifier and the images' channels."""
     own = model.state_dict()
@@ -219,7 +282,7 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         [name for name in a if name not in b and not name.startswith(free)]
         for a, b in ((own, state_dict), (state_dict, own))
     )
-    missing = [name for name in missing if not name.endswith(".local_taps")]  # which version 0.1 did not keep
+    missing = [name for name in missing if not name.endswith(".local_taps")]  # which were not kept before version 0.1
     of_any_shape = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
     reshaped = [
         f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"

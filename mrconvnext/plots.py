@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Tensor, nn
 
 from .grid import lag_map
 from .mrconv import MRConv2d
@@ -41,9 +44,7 @@ def _strongest_channel(layer: MRConv2d) -> int:
 @torch.no_grad()
 def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> None:
     merged = layer.merged_kernel()[0].float()
-    kernels: list[Tensor] = []
-    if layer.kernel is None:
-        kernels = [kernel[channel].float() for kernel in layer.branch_kernels()]
+    kernels = _branches(layer, channel)
     sequences = 2 if kernels else 1
     # The layers with fewer branches keep the panels' size: what they have not is left blank at the right.
     widths = [2.4] * sequences + [1.2] * columns
@@ -51,22 +52,80 @@ def _plot_layer(layer: MRConv2d, channel: int, figure: Any, columns: int) -> Non
     for ax in axes[sequences + 1 + len(kernels) :]:
         ax.remove()
     if kernels:
-        # The longest first, so that it does not hide the short ones.
-        for kernel, length in reversed(list(zip(kernels, layer.branch_lengths))):
-            _plot_sequence(axes[0], kernel, label=f"{length}")
-        axes[0].legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
+        _plot_branches(axes[0], kernels, layer.branch_lengths)
         axes[0].set_title("branches, before norm and α", fontsize="small")
     _plot_sequence(axes[sequences - 1], merged[channel], color="black")
     axes[sequences - 1].set_title("merged kernel", fontsize="small")
     _plot_image(
         axes[sequences],
-        merged[channel],
-        layer,
+        lag_map(merged[channel], layer.row_stride),
         "merged, colours of what\nlies beyond the taps",
         beyond=layer.local_reach,
     )
     for ax, kernel, length, alpha in zip(axes[sequences + 1 :], kernels, layer.branch_lengths, layer.alpha[:, channel]):
-        _plot_image(ax, kernel, layer, f"length {length}\nα = {alpha:.2f}")
+        _plot_image(ax, lag_map(kernel, layer.row_stride), f"length {length}\nα = {alpha:.2f}")
+
+
+@torch.no_grad()
+def plot_layer(layer: MRConv2d, plain: nn.Conv2d) -> dict[str, Figure]:
+    """Returns the pictures of a layer that `plot_kernels` has, each by itself, by a sentence that says what it shows.
+
+    Args:
+        layer: The layer, in either form.
+        plain: The convolution of the ConvNeXt beside it, of as many channels: its kernel is drawn at the same scale.
+    """
+    channel = _strongest_channel(layer)
+    merged = layer.merged_kernel()[0][channel].float()
+    kernels = _branches(layer, channel)
+    images = {
+        "The merged kernel, local taps included, over the distance in rows and columns. The colours are scaled to what "
+        "lies beyond the taps.": (lag_map(merged, layer.row_stride), layer.local_reach),
+        "The plain ConvNeXt's kernel at the same scale.": (_on_map(plain, channel, layer), -1),
+    }
+    for kernel, length, alpha in zip(kernels, layer.branch_lengths, layer.alpha[:, channel]):
+        text = f"The branch of {length} lags, before norm and α, which is {alpha:.2f}.".replace("-", "−")
+        images[text] = (lag_map(kernel, layer.row_stride), -1)
+    panels = {}
+    for text, (image, beyond) in images.items():
+        panels[text], ax = _panel()
+        _plot_image(ax, image, beyond=beyond)
+    text = "The merged kernel as a sequence, over the lag."
+    panels[text], ax = _panel()
+    _plot_sequence(ax, merged, color="black")
+    if kernels:
+        text = "All branches as sequences, before norm and α."
+        panels[text], ax = _panel()
+        _plot_branches(ax, kernels, layer.branch_lengths)
+    return panels
+
+
+def _panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(2.6, 2.1), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _branches(layer: MRConv2d, channel: int) -> list[Tensor]:
+    """Returns the kernels of a channel's branches (2·l_i − 1); none if the layer is deployed."""
+    return [] if layer.kernel is not None else [kernel[channel].float() for kernel in layer.branch_kernels()]
+
+
+def _on_map(conv: nn.Conv2d, channel: int, layer: MRConv2d) -> Tensor:
+    """Returns the taps of a channel of a depthwise convolution where a layer's lag map has them."""
+    rows, columns = lag_map(torch.zeros(2 * layer.reference_grid[0] * layer.row_stride - 1), layer.row_stride).shape
+    taps, dilation = conv.weight[channel, 0].float(), conv.dilation[0]
+    reach = dilation * (len(taps) // 2)
+    spread = taps.new_zeros(2 * reach + 1, 2 * reach + 1)
+    spread[::dilation, ::dilation] = taps
+    # Where the map is smaller than the taps this crops them.
+    left, top = columns // 2 - reach, rows // 2 - reach
+    return F.pad(spread, (left, columns - 1 - columns // 2 - reach, top, top))
+
+
+def _plot_branches(ax: Axes, kernels: list[Tensor], lengths: list[int]) -> None:
+    # The longest first, so that it does not hide the short ones.
+    for kernel, length in reversed(list(zip(kernels, lengths))):
+        _plot_sequence(ax, kernel, label=f"{length}")
+    ax.legend(title="length", fontsize="x-small", title_fontsize="x-small", loc="upper right")
 
 
 def _plot_sequence(ax: Axes, kernel: Tensor, **style: Any) -> None:
@@ -76,9 +135,8 @@ def _plot_sequence(ax: Axes, kernel: Tensor, **style: Any) -> None:
     ax.tick_params(labelsize="x-small")
 
 
-def _plot_image(ax: Axes, kernel: Tensor, layer: MRConv2d, title: str, beyond: int = -1) -> None:
-    """Draws a kernel over the distance of two pixels, in colours for what lies ``beyond`` so many pixels."""
-    image = lag_map(kernel, layer.row_stride)
+def _plot_image(ax: Axes, image: Tensor, title: str = "", beyond: int = -1) -> None:
+    """Draws a lag map over the distance of two pixels, in colours for what lies ``beyond`` so many pixels."""
     rows, columns = image.shape
     left, bottom = -(columns // 2) - 0.5, rows // 2 + 0.5
     outside = image.clone()
@@ -146,18 +204,61 @@ def plot_receptive_fields(models: dict[str, Any], images: Tensor) -> Figure:
         models: Models of timm with ``forward_intermediates``, by the names of their rows; in eval mode.
         images: Images (B, C, H, W) as the models take them.
     """
-    columns = max(len(model.feature_info) for model in models.values())
-    figure = Figure(figsize=(2.2 * columns + 0.8, 2.3 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), columns, squeeze=False)
-    for row, (name, model) in zip(axes, models.items()):
-        for stage, ax in enumerate(row):
-            field = _receptive_field(model, images, stage).log10()
-            picture = ax.imshow(field.numpy(), cmap="magma", vmin=-4, vmax=0)
-            ax.set(xticks=[], yticks=[])
+    return draw_receptive_fields({name: receptive_fields(model, images) for name, model in models.items()})
+
+
+def receptive_fields(model: Any, images: Tensor) -> list[Tensor]:
+    """Returns the receptive field (H, W) of each stage as `plot_receptive_fields` has it, its largest value 1.
+
+    Args:
+        model: See `plot_receptive_fields`.
+        images: See `plot_receptive_fields`.
+    """
+    return [_receptive_field(model, images, stage) for stage in range(len(model.feature_info))]
+
+
+def draw_receptive_fields(fields: dict[str, list[Tensor]]) -> Figure:
+    """Returns the picture of `plot_receptive_fields`.
+
+    Args:
+        fields: What `receptive_fields` returns, by the names of the rows.
+    """
+    columns = max(len(own) for own in fields.values())
+    figure = Figure(figsize=(2.2 * columns + 0.8, 2.3 * len(fields)), layout="constrained")
+    axes = figure.subplots(len(fields), columns, squeeze=False)
+    for row, (name, own) in zip(axes, fields.items()):
+        for stage, (ax, field) in enumerate(zip(row, own)):
+            picture = _plot_field(ax, field)
             ax.set_title(f"{name}, stage {stage + 1}", fontsize="x-small")
-    bar = figure.colorbar(picture, ax=axes, ticks=[-4, -2, 0], format=lambda power, _: f"$10^{{{power:.0f}}}$")
+    bar = figure.colorbar(picture, ax=axes, ticks=[-4, -2, 0], format=_power)
     bar.set_label("size of the gradient, over the largest", fontsize="x-small")
     return figure
+
+
+def plot_field(field: Tensor) -> Figure:
+    """Returns a picture of one receptive field (H, W) in the colours of `plot_field_colours`, without a frame."""
+    height, width = field.shape
+    figure = Figure(figsize=(2.2, 2.2 * height / width))
+    _plot_field(figure.add_axes((0, 0, 1, 1)), field)
+    return figure
+
+
+def plot_field_colours() -> Figure:
+    """Returns what the colours of a receptive field stand for: the size of the gradient over the largest one."""
+    figure = Figure(figsize=(3.2, 0.5), layout="constrained")
+    picture = ScalarMappable(Normalize(-4, 0), cmap="magma")
+    bar = figure.colorbar(picture, cax=figure.subplots(), orientation="horizontal", ticks=range(-4, 1), format=_power)
+    bar.ax.tick_params(labelsize="small")
+    return figure
+
+
+def _power(power: float, _: Any) -> str:
+    return f"$10^{{{power:.0f}}}$"
+
+
+def _plot_field(ax: Axes, field: Tensor) -> Any:
+    ax.set(xticks=[], yticks=[])
+    return ax.imshow(field.log10().numpy(), cmap="magma", vmin=-4, vmax=0)
 
 
 def _receptive_field(model: Any, images: Tensor, stage: int) -> Tensor:

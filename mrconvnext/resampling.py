@@ -213,7 +213,7 @@ class OnGrid:
     def _move_deployed(self, grid: tuple[int, int]) -> None:
         if self.local_taps is not None and not self.local_taps.is_meta and self.local_taps.isnan().any():
             raise ValueError(
-                "the layer was deployed by version 0.1, which did not keep the local taps that are in its kernel: move "
+                "the layer was deployed before version 0.1, without the local taps that are in its kernel: move "
                 "its training form, and deploy that"
             )
         if self.is_resampled:

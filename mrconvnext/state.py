@@ -115,7 +115,7 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
             zeros = layer.alpha.new_zeros
             taps = None if layer.weight is None else torch.zeros_like(layer.weight)
             layer.build_deployed(zeros(state_dict[prefix + "kernel"].shape), zeros(layer.channels), taps)
-        if layer.local_taps is not None:  # version 0.1 did not keep them
+        if layer.local_taps is not None:  # what was deployed before version 0.1 lacks them
             state_dict.setdefault(prefix + "local_taps", torch.full_like(layer.local_taps, float("nan")))
     elif layer.kernel is None:
         _check_lags(layer, state_dict, prefix)

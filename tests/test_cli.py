@@ -21,6 +21,7 @@ import mrconvnext
 from mrconvnext.cli import main
 
 FILES = {"README.md", "config.json", "model.safetensors"}
+ALLOWED = "give a folder that mrconvnext.save wrote"
 OPTIONS = ["-k", *(f"{name}={SMALL[name]}".replace(" ", "") for name in ("depths", "dims"))]
 
 
@@ -190,6 +191,17 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),
         (["fuse", "saved", "saved"], ["saved", "training form"]),
         (["info", "run"], ["run is the folder of a training run", "run/fused"]),
+        (["plot", "run", "--output", "out"], ["run is the folder of a training run", "run/fused"]),
+        (["plot", "text.txt", "--output", "out"], ["text.txt is a file", "--model", ALLOWED]),
+        (["plot", "text.txt", "--output", "out", "--model", "mrconvnext_atto"], ["text.txt", "not a checkpoint"]),
+        (["plot", "pictures/0.jpg", "--output", "out"], ["pictures/0.jpg is a file", ALLOWED]),
+        (["plot", "saved/README.md", "--output", "out"], ["saved/README.md is a file", ALLOWED]),
+        (["plot", "pictures", "--output", "out"], ["pictures holds no config.json", ALLOWED]),
+        (["plot", "sequences", "--output", "out"], ["sequences holds an MRConvSequence", ALLOWED]),
+        (["plot", "sequence-run", "--output", "out"], ["sequence-run holds an MRConvSequence", ALLOWED]),
+        (["plot", "nowhere", "--output", "out"], ["nowhere is not a file or folder", "timm knows"]),
+        (["plot", "saved", "--output", "text.txt"], ["--output text.txt is not a folder"]),
+        (["plot", "saved", "--output", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["evaluate", "saved", "--data-dir", "pictures"], ["--data-dir pictures", "no folders of classes"]),
         (["info", "text.pth", "--model", "mrconvnext_atto"], ["text.pth"]),
         (["info", "text.safetensors", "--model", "mrconvnext_atto"], ["text.safetensors"]),
@@ -211,13 +223,18 @@ def test_errors_are_one_message(
     Path("run", "args.yaml").write_text("{}")
     Path("pictures").mkdir()
     Image.new("RGB", (64, 64)).save("pictures/0.png")
-    for name in ("text.pth", "text.safetensors"):
+    Image.new("RGB", (64, 64)).save("pictures/0.jpg")
+    sequences = mrconvnext.MRConvSequence(2, length=8, channels=1, dim=4, depth=1)
+    for name in ("sequences", "sequence-run/trained"):
+        sequences.save_pretrained(name)
+    Path("sequence-run", "args.yaml").write_text("{}")
+    for name in ("text.pth", "text.safetensors", "text.txt"):
         Path(name).write_text("no weights")
     capsys.readouterr()
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"mrconvnext {arguments[0]}: ") and all(word in error for word in words), error
-    assert not Path("out").exists()
+    assert error.count("\n") == 1 and not Path("out").exists()
 
 
 @pytest.mark.parametrize("arguments", [["-k", "depths"], ["--max-images", "0"]], ids=str)
@@ -225,6 +242,12 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> N
     with pytest.raises(SystemExit):
         main(["fuse", "saved", "out", *arguments])
     assert "must be" in capsys.readouterr().err
+
+
+def test_help_names_the_page(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["plot", "--help"])
+    assert "index.html" in capsys.readouterr().out
 
 
 # The launcher

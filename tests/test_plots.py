@@ -1,13 +1,21 @@
+import base64
+import copy
+import io
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import small_model
+from helpers import assert_agree, images, layers_of, model_in, small_model
 from PIL import Image
+from timm.models.convnext import ConvNeXt
 
-from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
+import mrconvnext
+from mrconvnext.cli import main
+from mrconvnext.convert import about_plain, without_branches
+from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_layer, plot_receptive_fields
 
 
 @pytest.mark.parametrize("options", [dict(), dict(branch_norm="batch", bidirectional=False, kernel_sizes=0)])
@@ -55,3 +63,144 @@ def test_receptive_fields_show_what_a_stage_sees() -> None:
     panels = {ax.get_title(): ax.images[0].get_array() for ax in figure.axes if ax.images}
     assert (panels["ConvNeXt, stage 1"] > -12).sum() == (7 * 4) ** 2
     assert (panels["ours, stage 1"] > -12).any(1).all()
+
+
+# The ConvNeXt beside a model
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("name", ["mrconvnext_atto", "mrconvnextv2_atto"])
+def test_plain_convnext_is_the_model_with_its_branches_closed(name: str, deployed: bool) -> None:
+    model = small_model(name)
+    closed = copy.deepcopy(model)
+    plain = without_branches(model.reparameterize() if deployed else model)
+    for layer in layers_of(closed):
+        layer.alpha.data.zero_()
+    assert type(plain) is ConvNeXt and not layers_of(plain) and layers_of(model)
+    with torch.no_grad():
+        assert_agree(plain(images()), closed(images()))
+
+
+def test_plain_convnext_is_said_to_be_what_it_is() -> None:
+    assert "with its branches closed, α = 0" in about_plain(small_model())
+    folded = about_plain(model_in("kernel", deployed=True))
+    assert "folded" in folded and "biases" not in folded and "random" not in folded
+    assert "Its biases hold what the norms" in about_plain(model_in("batch", deployed=True))
+
+    without_taps = small_model(kernel_sizes=(0, 7, 5, 0))
+    assert "no local taps in stage 1, 4: its convolutions there are new, 7×7" in about_plain(without_taps)
+    plain, again = without_branches(without_taps), without_branches(without_taps)
+    assert [stage.blocks[0].conv_dw.kernel_size[0] for stage in plain.stages] == [7, 7, 5, 7]
+    with torch.no_grad():
+        assert torch.equal(plain(images()), again(images()))
+    assert "add next to nothing" in about_plain(timm.create_model("mrconvnext_atto", img_size=64))
+    assert "add next to nothing" not in about_plain(small_model("mrconvnextv2_atto"))
+
+
+@pytest.mark.parametrize("taps", [7, 0])
+def test_plain_kernel_stands_at_the_scale_of_the_merged_one(taps: int) -> None:
+    layer = small_model(kernel_sizes=taps).stages[0].blocks[0].conv_dw
+    channel = int(layer.alpha.abs().sum(0).argmax())
+    conv = torch.nn.Conv2d(layer.channels, layer.channels, 7, padding=3, groups=layer.channels)
+    pictures = {
+        text: figure.axes[0].images[0] for text, figure in plot_layer(layer, conv).items() if figure.axes[0].images
+    }
+    merged, plain = list(pictures.values())[:2]
+    assert merged.get_extent() == plain.get_extent()
+    image, (left, _, bottom, _) = plain.get_array(), plain.get_extent()
+    row, column = int(bottom - 0.5), int(-left - 0.5)  # of the middle
+    assert np.array_equal(image[row - 3 : row + 4, column - 3 : column + 4], conv.weight[channel, 0].detach())
+    assert np.count_nonzero(image) == 49
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """What a reader of a page gets: its text, its images and its tags, each of which must be closed."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.html = file.read_text(encoding="utf-8")
+        self.text, self.images, self.tags, self.open = "", [], [], []
+        self.feed(self.html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "img":
+            self.images.append(dict(attrs))
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def plotted(model: mrconvnext.MRConvNeXt, folder: Path, capsys: pytest.CaptureFixture) -> Page:
+    """Returns the page of a model, which is written by way of a folder ``source``."""
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    mrconvnext.save(model, folder / "source")
+    capsys.readouterr()
+    assert main(["plot", str(folder / "source"), "--output", str(folder / "out")]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    names = [f"{name}.png" for name in ("kernels", "alpha", "receptive-fields")] + ["index.html"]
+    if layers_of(model)[0].kernel is not None:
+        names.remove("alpha.png")
+    assert captured.out.splitlines() == [str(folder / "out" / name) for name in names]
+    assert {file.name for file in (folder / "out").iterdir()} == set(names)
+    return Page(folder / "out" / "index.html")
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_page_shows_a_model_beside_the_plain_convnext(
+    deployed: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    page = plotted(model_in("kernel", deployed), tmp_path, capsys)
+    assert page.html.startswith("<!DOCTYPE html>") and page.tags[0] == ("html", {"lang": "en"})
+    own, other = ["deployed form", "whose kernel is"], ["training form", "whose branches weigh", "α = 0"]
+    own, other = (own, other) if deployed else (other, own)
+    assert all(words in page.text for words in ["mrconvnext_atto looks at", "64×64", *own])
+    assert not any(words in page.text for words in other)
+    for layer in layers_of(small_model()):
+        lengths = f"branches: {', '.join(map(str, layer.branch_lengths))} lags"
+        assert (lengths in page.text) != deployed
+    alts = [image["alt"] for image in page.images]
+    for stage in range(1, 5):
+        ours, plain = (
+            [float(alt.split()[-2]) for alt in alts if alt.startswith(f"Stage {stage}. {name}: ")]
+            for name in ("This model", "Plain ConvNeXt")
+        )
+        assert len(ours) == len(plain) == 1 and ours >= plain
+        assert f"Stage {stage}. The plain ConvNeXt's kernel at the same scale." in alts
+        assert any(alt.startswith(f"Stage {stage}. The branch of ") for alt in alts) != deployed
+    assert any("mean square of α" in alt for alt in alts) != deployed
+    assert "is farthest ahead in stage" in page.text
+
+
+def test_page_needs_nothing_beside_it_and_takes_names_as_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / '<b title="x">&amp;'
+    page = plotted(model_in("kernel", deployed=True), folder, capsys)
+    assert str(folder / "source") in page.text
+    assert not {tag for tag, _ in page.tags} & {"b", "link", "script", "iframe", "object"}
+    for image in page.images:
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64" and image["alt"]
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            # Two pixels for one of the page.
+            assert picture.size[0] // 2 == int(image["width"]) and picture.size[1] // 2 == int(image["height"])
+    assert not any(word in page.html for word in ("http:", "https:", "url("))
+    assert "prefers-color-scheme: dark" in page.html
+
+
+def test_a_model_whose_branches_are_closed_is_ahead_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = small_model()
+    for layer in layers_of(model):
+        layer.alpha.data.zero_()
+    assert "and is ahead in none." in plotted(model.reparameterize(), tmp_path, capsys).text
