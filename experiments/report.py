@@ -62,7 +62,7 @@ BEST = "best.safetensors"  # weights of a run
 
 HEADER = (
     *("model", "seeds", "test, %", "less {baseline}", "at each seed", "validation, %", "parameters", "steps"),
-    *("s / epoch", "deployed, images/s"),
+    "training, s",
 )
 CONFIDENCE = 0.95
 
@@ -90,8 +90,7 @@ def main() -> None:
 # Tables
 
 
-FORM_OF_MODE = {"training": "training form", "running": "deployed"}  # of an MRConvNeXt, in benchmark_throughput.py
-Speeds = dict[tuple[str, int, int, str], float]
+Speeds = dict[tuple[str, int, int], float]
 Lines = list[dict[str, str]]  # of a CSV
 
 
@@ -102,15 +101,13 @@ def read_lines(path: Path) -> Lines:
 
 
 def read_speeds(folder: Path) -> Speeds:
-    """Returns images/s by model, side of the images, batch and mode, as experiments.speed measured them."""
-    speeds = {}
-    for path in folder.rglob("benchmark.csv"):
-        for line in read_lines(path):
-            mode = "training" if line["mode"] == "training step" else "running"
-            if line["images_per_s"] and line["form"] in ("default", FORM_OF_MODE[mode]):
-                key = (line["model"], int(line["img_size"]), int(line["batch_size"]), mode)
-                speeds[key] = float(line["images_per_s"])
-    return speeds
+    """Returns images/s in training by model, side of the images and batch, as experiments.speed measured them."""
+    lines = [line for path in folder.rglob("benchmark.csv") for line in read_lines(path)]
+    return {
+        (line["model"], int(line["img_size"]), int(line["batch_size"])): float(line["images_per_s"])
+        for line in lines
+        if line["images_per_s"] and line["form"] in ("default", "training form")
+    }
 
 
 def with_tables(text: str, results: Lines, speeds: Speeds) -> str:
@@ -198,7 +195,7 @@ def table(group: str, results: Lines, speeds: Speeds) -> str:
             spread([float(line["top1"]) for line in done], ".2f"),
             f"{int(done[0]['parameters']):,}" if done else "",
             done[0]["steps"] if done else "",
-            *(times(row, int(done[0]["steps"]), speeds) if done else ("", "")),
+            seconds(row, int(done[0]["steps"]), speeds) if done else "",
         ]
         lines.append(cells)
     columns = [i for i, name in enumerate(HEADER) if i == 0 or any(cells[i] for cells in lines)]
@@ -214,14 +211,11 @@ def first_rows() -> dict[tuple[str, str], Row]:
     return found
 
 
-def times(row: Row, steps: int, speeds: Speeds) -> tuple[str, str]:
-    """Returns the seconds of an epoch and the images/s of the deployed form, where they have been measured."""
+def seconds(row: Row, steps: int, speeds: Speeds) -> str:
+    """Returns the seconds of a row's training steps, where their speed has been measured."""
     args = row.arguments
-    training, running = (
-        speeds.get((row.spec, args.img_size, args.global_batch, form)) for form in ("training", "running")
-    )
-    images = steps / args.epochs * args.global_batch
-    return f"{images / training:.0f}" if training else "", f"{running:.0f}" if running else ""
+    speed = speeds.get((row.spec, args.img_size, args.global_batch))
+    return f"{steps * args.global_batch / speed:.0f}" if speed else ""
 
 
 def spread(values: list[float], form: str) -> str:

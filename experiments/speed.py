@@ -1,4 +1,4 @@
-"""Measures how fast the models of the experiments train and run, on one thread, by benchmark_throughput.py.
+"""Measures how fast the models of the experiments train, on one thread, by benchmark_throughput.py.
 
     python -m experiments.speed --output results
 
@@ -54,10 +54,9 @@ def measure(rounds: int) -> int:
         size, batch = first.arguments.img_size, first.arguments.global_batch
         command = ["--models", *(row.spec for row in models.values()), "--reference", first.spec, "--threads", "1"]
         command += ["--img-sizes", str(size), "--batch-sizes", str(batch), "--rounds", str(rounds)]
-        for name, more in (("deployed", ()), ("training", ("--train",))):
-            folder = Path("speed") / f"{name}-{size}"
-            if status := benchmark_throughput.main([*command, *more, "--output", str(folder)]):
-                return status
+        command += ["--train", "--output", str(Path("speed") / f"training-{size}")]
+        if status := benchmark_throughput.main(command):
+            return status
     return 0
 
 

@@ -332,13 +332,13 @@ def test_the_tables_say_what_the_results_say() -> None:
     lines = [result("main", name, seed, top1) for name, own in values.items() for seed, top1 in enumerate(own)]
     lines.append({**lines[0], "name": "paper's layer, batch", "status": "failed"})
     spec = rows.main_rows()[0].spec
-    speeds = {(spec, 16, 64, "training"): 288.0, (spec, 16, 64, "running"): 1234.5, (spec, 16, 32, "running"): 1.0}
+    speeds = {(spec, 16, 64): 288.0, (spec, 16, 32): 1.0}
     text = report.with_tables("before\n<!-- main -->\nold\n<!-- end -->\nafter", lines, speeds)
     assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
-    assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  |  | 80.00 ± 0.00 | 1,000 | 9 | 2 | 1234 |" in text
+    assert "| ConvNeXt | 2 | 71.00 ± 1.41 |  |  | 80.00 ± 0.00 | 1,000 | 9 | 2 |" in text
     # Of +2 and +3: 2.5 and 12.706 (Student's t of one degree of freedom) times 0.5.
     difference = "+2.50 (-3.85 … +8.85) | +2.00, +3.00"
-    assert f"| local taps, kernel | 2 | 73.50 ± 2.12 | {difference} | 80.00 ± 0.00 | 1,000 | 9 |  |  |" in text
+    assert f"| local taps, kernel | 2 | 73.50 ± 2.12 | {difference} | 80.00 ± 0.00 | 1,000 | 9 |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
     assert report.with_tables(text, lines, speeds) == text
     batch = [result("main", "local taps, batch", seed, top1) for seed, top1 in ((0, 72.5), (1, 74), (2, 99))]
@@ -372,7 +372,7 @@ def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(speed, "photograph_rows", lambda: emoji)
     assert speed.main(["--output", "out", "--rounds", "1"]) == 0
     speeds = report.read_speeds(tmp_path / "out" / "speed")
-    assert set(speeds) == {(row.spec, 16, 64, form) for row in own for form in ("training", "running")}
+    assert set(speeds) == {(row.spec, 16, 64) for row in own}
     photographs = report.read_lines(tmp_path / "out" / "speed" / "photographs.csv")
     assert [(line["model"], line["img_size"]) for line in photographs] == [(name, "64") for name in rows.LITE]
     assert float(photographs[0]["ratio"]) == 1 and float(photographs[1]["ms"]) > 0
