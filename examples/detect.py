@@ -1,6 +1,6 @@
 """A detector of torchvision with an MRConvNeXt backbone, trained at 128 pixels and used at 192.
 
-    pip install ".[train]"
+    pip install -e ".[train]"
     python examples/detect.py
 
 It finds handwritten digits on photographs. Takes a minute on two CPU cores.

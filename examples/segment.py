@@ -1,6 +1,6 @@
 """A segmenter with an MRConvNeXt encoder, trained at 96 pixels and used at 160: as it is, and with moved kernels.
 
-    pip install ".[train]" segmentation-models-pytorch
+    pip install -e ".[train]" segmentation-models-pytorch
     python examples/segment.py
 
 It finds the strokes of handwritten digits on photographs. Takes a minute on two CPU cores.

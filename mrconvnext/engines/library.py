@@ -51,7 +51,8 @@ def load(file: Path = FILE, job_bytes: int = 0) -> Library:
         job_bytes: What the library must say that its struct ``Job`` takes.
     """
     if not file.is_file():
-        return Library(None, 0, False, "plain, since it was installed without a C++ compiler")
+        reason = "no compiled library lies in its folder, where pip builds one if it finds a C++ compiler"
+        return Library(None, 0, False, f"plain, since {reason}")
     try:
         functions = ctypes.CDLL(str(file))
         found = functions.job_bytes()
