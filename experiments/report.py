@@ -251,7 +251,7 @@ def write_pictures(results: Path, folder: Path) -> None:
             for name, row in rows.items()
             if (results / "runs" / row.identifier / BEST).is_file()
         }
-        if not models:
+        if len(models) < len(rows):
             continue
         name, first = group.replace(" ", "-"), rows["ConvNeXt"]
         images = held_out(results / "data" / first.data, first.arguments.img_size)

@@ -49,6 +49,8 @@ COLUMNS = (
 # A line of the script's log: steps so far, steps of the epoch, and the seconds that they took.
 STEP = re.compile(r"epoch (\d+) step (\d+)/(\d+) .* data ([\d.]+)s forward ([\d.]+)s backward ([\d.]+)s step ([\d.]+)s")
 
+RESUMED = "resuming at step"  # what it says before a new stretch
+
 # Its line of the test, of the form that was trained.
 TEST = re.compile(r"as trained: loss ([\d.]+), top1 ([\d.]+)")
 
@@ -60,6 +62,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         with only_one(args.output) as lock:
             runner = Runner(args, lock)
+            runner.check(sum(waves, []))
             runner.prepare(sum(waves, []))
             with signals_call(runner.stop):
                 return runner.run(waves)
@@ -128,6 +131,17 @@ class Runner:
         """Returns the rows that have no result."""
         there = self.results()
         return [row for row in rows if row.identifier not in there]
+
+    def check(self, rows: list[Row]) -> None:
+        """Raises a UserError if a result is of a row that was another one then, or of other columns."""
+        for identifier, line in self.results().items():
+            if tuple(line) != COLUMNS:
+                raise UserError(f"{self.file} has the columns of another version: give another folder as --output")
+            for row in rows:
+                if row.identifier == identifier and line["command"] != shlex.join(command_of(row)):
+                    raise UserError(
+                        f"{self.file}: {identifier} was run by another command: take its line out, and its run"
+                    )
 
     def prepare(self, rows: list[Row]) -> None:
         """Writes the images that are not there yet; complete, or not at all."""
@@ -203,11 +217,12 @@ class Runner:
 
     def call(self, command: list[str], log: Path) -> int:
         """Runs a row's command, its output added to a file, and returns its exit status."""
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(log, "a") as file:
             process = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 cwd=self.args.output,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -261,11 +276,13 @@ def measured(folder: Path, log: Path) -> dict[str, Any]:
 
 def times(log: str) -> tuple[float, int]:
     """Returns the time of a step in ms, over all stretches without an interruption, and the steps of an epoch."""
-    found = [[float(value) for value in match.groups()] for match in STEP.finditer(log)]
     taken = seconds = 0.0
-    for (epoch, step, _, *clock), (next_epoch, next_step, _, *next_clock) in zip(found, found[1:]):
-        if epoch == next_epoch and step < next_step and sum(clock) <= sum(next_clock):
-            taken, seconds = taken + next_step - step, seconds + sum(next_clock) - sum(clock)
+    for stretch in log.split(RESUMED):
+        found = [[float(value) for value in match.groups()] for match in STEP.finditer(stretch)]
+        for (epoch, step, _, *clock), (next_epoch, next_step, _, *next_clock) in zip(found, found[1:]):
+            if epoch == next_epoch:
+                taken, seconds = taken + next_step - step, seconds + sum(next_clock) - sum(clock)
+    found = [[float(value) for value in match.groups()] for match in STEP.finditer(log)]
     return 1000 * seconds / taken if taken else float("nan"), int(found[-1][2])
 
 

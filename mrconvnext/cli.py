@@ -177,7 +177,11 @@ def check_folder(folder: Path) -> None:
     if is_of_sequences(folder) or is_of_sequences(folder / "trained"):
         raise ValueError(f"{folder} holds an MRConvSequence, a model of sequences: give {ALLOWED}")
     if (folder / "args.yaml").is_file():
-        raise ValueError(f"{folder} is the folder of a training run: give {folder / 'fused'} or {folder / 'trained'}")
+        if (folder / "trained").is_dir():
+            raise ValueError(
+                f"{folder} is the folder of a training run: give {folder / 'fused'} or {folder / 'trained'}"
+            )
+        raise ValueError(f"{folder} is the folder of a training run: give {folder / 'best.safetensors'} and --model")
     if not read_config(folder):
         raise ValueError(f"{folder} holds no config.json: give {ALLOWED}")
 

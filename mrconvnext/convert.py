@@ -234,11 +234,12 @@ def about_plain(model: Any) -> str:
         text = "The plain ConvNeXt is this model with its branches closed, α = 0: all other weights are the same."
     else:
         text = "The branches of this model are folded into its kernels. The plain ConvNeXt has the local taps that are "
-        text += "kept beside these, and all other weights of the model."
+        text += "kept beside these, if there are any, and all other weights of the model."
         if not layers[0].norm_is_linear:
             text += " Its biases hold what the norms of the branches add."
     if new:
-        text += f" There are no local taps in stage {', '.join(new)}: its convolutions there are new, 7×7 and random."
+        where = f"stage{'s' if len(new) > 1 else ''} {', '.join(new)}"
+        text += f" There are no local taps in {where}: its convolutions there are new, 7×7 and random."
     scales = [block.gamma for stage in model.stages for block in stage.blocks]
     if all(scale is not None and scale.abs().max() < 1e-3 for scale in scales):
         text += " All layer scales are below a thousandth, as in a new model: its blocks add next to nothing yet."

@@ -16,6 +16,7 @@ import timm
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -366,10 +367,14 @@ def _exported(model: MRConvNeXt, fused: bool, license: Optional[str]) -> MRConvN
     exported = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
     if fused:
         exported.float().reparameterize()
-    input_size = (exported.stem[0].in_channels, *exported.pretrained_cfg["input_size"][1:])
+    cfg: Any = exported.pretrained_cfg
+    size = cfg["input_size"][1:]
+    usual: Any = timm.get_pretrained_cfg(cfg["architecture"])
+    if model.started_from is None and usual and tuple(size) == usual.input_size[1:]:
+        size = to_2tuple(model.model_args["img_size"])  # nobody said more of the images than for which it was made
     exported.pretrained_cfg = {
-        **exported.pretrained_cfg,
-        "input_size": input_size,
+        **cfg,
+        "input_size": (exported.stem[0].in_channels, *size),
         "num_classes": exported.num_classes,
     }
     if model.started_from is None:  # what timm says of published weights is not true of these

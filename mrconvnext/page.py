@@ -102,14 +102,15 @@ def _figure(figure: Figure, where: str, caption: str) -> str:
 
 
 def _fields(model: MRConvNeXt, fields: list[list[Tensor]], images: str) -> str:
-    seen = [[round(100 * (field >= SEEN).float().mean().item()) for field in own] for own in fields]
+    seen = [[100 * (field >= SEEN).float().mean().item() for field in own] for own in fields]
     sections = ""
     for stage in range(len(fields[0])):
         sections += f'<section>\n<h3>Stage {stage + 1}</h3>\n<div class="pair">\n'
         for name, own, shares in zip(("This model", "Plain ConvNeXt"), fields, seen):
-            sections += _figure(plots.plot_field(own[stage]), f"Stage {stage + 1}", f"{name}: {shares[stage]} %")
+            sections += _figure(plots.plot_field(own[stage]), f"Stage {stage + 1}", f"{name}: {_share(shares[stage])}")
         sections += "</div>\n</section>\n"
-    texts = [f"in stage {i}, {own} % (plain ConvNeXt {other} %)" for i, (own, other) in enumerate(zip(*seen), start=1)]
+    shares = [tuple(map(_share, both)) for both in zip(*seen)]
+    texts = [f"in stage {i}, {own} (plain ConvNeXt {other})" for i, (own, other) in enumerate(shares, start=1)]
     gaps = [own - other for own, other in zip(*seen)]
     ahead = f"is farthest ahead {texts[gaps.index(max(gaps))]}" if max(gaps) > 0 else "is ahead in none"
     return f"""<h2>What each stage sees</h2>
@@ -122,6 +123,10 @@ largest. This model sees the most {texts[seen[0].index(max(seen[0]))]}, and {ahe
 <div class="grid" style="--least: 25rem">
 {sections}</div>
 """
+
+
+def _share(percent: float) -> str:
+    return f"{percent:.1f} %" if percent < 10 else f"{percent:.0f} %"
 
 
 def _weights(model: MRConvNeXt) -> str:

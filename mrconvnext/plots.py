@@ -77,9 +77,13 @@ def plot_layer(layer: MRConv2d, plain: nn.Conv2d) -> dict[str, Figure]:
     channel = _strongest_channel(layer)
     merged = layer.merged_kernel()[0][channel].float()
     kernels = _branches(layer, channel)
+    taps = ", local taps included," if layer.kernel_size else ""
+    scaled = " The colours are scaled to what lies beyond the taps." if layer.kernel_size else ""
     images = {
-        "The merged kernel, local taps included, over the distance in rows and columns. The colours are scaled to what "
-        "lies beyond the taps.": (lag_map(merged, layer.row_stride), layer.local_reach),
+        f"The merged kernel{taps} over the distance in rows and columns.{scaled}": (
+            lag_map(merged, layer.row_stride),
+            layer.local_reach,
+        ),
         "The plain ConvNeXt's kernel at the same scale.": (_on_map(plain, channel, layer), -1),
     }
     for kernel, length, alpha in zip(kernels, layer.branch_lengths, layer.alpha[:, channel]):
@@ -262,10 +266,16 @@ def _plot_field(ax: Axes, field: Tensor) -> Any:
 
 
 def _receptive_field(model: Any, images: Tensor, stage: int) -> Tensor:
-    """Returns the effective receptive field (H, W) of the middle of a stage's feature map, its largest value 1."""
+    """Returns the effective receptive field (H, W) of the middle of a stage's feature map, its largest value 1.
+
+    Raises:
+        ValueError: If the gradient is zero everywhere or not finite.
+    """
     images = images.clone().requires_grad_()
     (features,) = model.forward_intermediates(images, indices=[stage], intermediates_only=True)
     height, width = features.shape[2:]
     (gradient,) = torch.autograd.grad(features[:, :, height // 2, width // 2].abs().sum(), images)
     field = gradient.abs().sum((0, 1))
+    if not 0 < field.max() < float("inf"):
+        raise ValueError(f"model sees nothing in stage {stage + 1}: the gradient is zero everywhere or not finite")
     return (field / field.max()).clamp(min=1e-12)

@@ -190,8 +190,9 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["fuse", "saved", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["fuse", "saved", "out", "--images", "nowhere"], ["nowhere"]),
         (["fuse", "saved", "saved"], ["saved", "training form"]),
-        (["info", "run"], ["run is the folder of a training run", "run/fused"]),
-        (["plot", "run", "--output", "out"], ["run is the folder of a training run", "run/fused"]),
+        (["info", "finished"], ["finished is the folder of a training run", "finished/fused"]),
+        (["info", "run"], ["run is the folder of a training run", "run/best.safetensors"]),
+        (["plot", "run", "--output", "out"], ["run is the folder of a training run", "run/best.safetensors"]),
         (["plot", "text.txt", "--output", "out"], ["text.txt is a file", "--model", ALLOWED]),
         (["plot", "text.txt", "--output", "out", "--model", "mrconvnext_atto"], ["text.txt", "not a checkpoint"]),
         (["plot", "pictures/0.jpg", "--output", "out"], ["pictures/0.jpg is a file", ALLOWED]),
@@ -221,6 +222,8 @@ def test_errors_are_one_message(
     Path("broken", "0.jpg").write_text("no image")
     Path("run").mkdir()
     Path("run", "args.yaml").write_text("{}")
+    Path("finished", "trained").mkdir(parents=True)
+    Path("finished", "args.yaml").write_text("{}")
     Path("pictures").mkdir()
     Image.new("RGB", (64, 64)).save("pictures/0.png")
     Image.new("RGB", (64, 64)).save("pictures/0.jpg")

@@ -196,7 +196,7 @@ def test_rows_of_a_table_differ_in_the_convolution_alone() -> None:
         for row in own:
             if row.group == group:
                 args = vars(row.arguments)
-                recipes.add(str({name: value for name, value in args.items() if name not in varied}))
+                recipes.add(str((row.data, {name: value for name, value in args.items() if name not in varied})))
                 shapes.add(str([args["model_kwargs"].get(name) for name in ("depths", "dims", "patch_size")]))
         assert len(recipes) == len(shapes) == 1, group
     assert {row.seed for row in rows.main_rows() if row.name == "ConvNeXt"} == set(range(5))
@@ -316,8 +316,11 @@ def pieces(mask: np.ndarray) -> list[set[tuple[int, int]]]:
 
 def test_times_leave_out_interruptions() -> None:
     line = "epoch {} step {}/40 loss 1.0 lr 1.00e-03 data {}s forward 0.0s backward 0.0s step 0.0s\n"
-    lines = [(0, 20, 2.0), (0, 40, 4.0), (1, 20, 2.0), (1, 30, 0.5), (1, 40, 1.5)]
-    assert run.times("".join(line.format(*values) for values in lines)) == (pytest.approx(100), 40)
+    lines = [line.format(*values) for values in ((0, 20, 2.0), (0, 40, 4.0), (1, 20, 2.0), (1, 30, 0.5), (1, 40, 1.5))]
+    assert run.times("".join([*lines[:3], "resuming at step 60\n", *lines[3:]])) == (pytest.approx(100), 40)
+    halves = [line.format(0, step, seconds) for step, seconds in ((20, 2.0), (21, 2.1), (40, 2.2), (60, 4.2))]
+    log = f"{halves[0]}{halves[1]}resuming at step 21 of 40\n{halves[2]}{halves[3]}"
+    assert run.times(log) == (pytest.approx(100), 40)
     step_ms, steps = run.times(line.format(1, 40, 0.1))
     assert step_ms != step_ms and steps == 40  # resumed for its last steps: nothing to tell the time by
 

@@ -74,6 +74,16 @@ def test_round_trip_through_a_folder(options: dict, fused: bool, tmp_path: Path)
     assert_same(again, model.reparameterize() if fused else model)
 
 
+def test_a_new_models_images_are_those_it_was_made_for(tmp_path: Path) -> None:
+    """Unless its configuration says other ones."""
+    model = small_model(img_size=(64, 96))
+    mrconvnext.save(model, tmp_path / "made")
+    assert timm.create_model(f"local-dir:{tmp_path}/made").pretrained_cfg["input_size"] == (3, 64, 96)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 128, 128)}
+    mrconvnext.save(model, tmp_path / "said")
+    assert timm.create_model(f"local-dir:{tmp_path}/said").pretrained_cfg["input_size"] == (3, 128, 128)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_round_trip_through_the_hub(fused: bool, hub: Hub, token: str) -> None:
     model = small_model("mrconvnextv2_tiny")

@@ -15,7 +15,7 @@ from timm.models.convnext import ConvNeXt
 import mrconvnext
 from mrconvnext.cli import main
 from mrconvnext.convert import about_plain, without_branches
-from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_layer, plot_receptive_fields
+from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_layer, plot_receptive_fields, receptive_fields
 
 
 @pytest.mark.parametrize("options", [dict(), dict(branch_norm="batch", bidirectional=False, kernel_sizes=0)])
@@ -88,7 +88,7 @@ def test_plain_convnext_is_said_to_be_what_it_is() -> None:
     assert "Its biases hold what the norms" in about_plain(model_in("batch", deployed=True))
 
     without_taps = small_model(kernel_sizes=(0, 7, 5, 0))
-    assert "no local taps in stage 1, 4: its convolutions there are new, 7×7" in about_plain(without_taps)
+    assert "no local taps in stages 1, 4: its convolutions there are new, 7×7" in about_plain(without_taps)
     plain, again = without_branches(without_taps), without_branches(without_taps)
     assert [stage.blocks[0].conv_dw.kernel_size[0] for stage in plain.stages] == [7, 7, 5, 7]
     with torch.no_grad():
@@ -204,3 +204,12 @@ def test_a_model_whose_branches_are_closed_is_ahead_nowhere(tmp_path: Path, caps
     for layer in layers_of(model):
         layer.alpha.data.zero_()
     assert "and is ahead in none." in plotted(model.reparameterize(), tmp_path, capsys).text
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_model_that_sees_nothing_has_no_receptive_fields(value: float) -> None:
+    model = small_model().eval()
+    with torch.no_grad():
+        model.stem[0].weight.fill_(value)
+    with pytest.raises(ValueError, match="sees nothing in stage 1"):
+        receptive_fields(model, torch.randn(2, 3, 32, 32))
