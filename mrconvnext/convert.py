@@ -226,26 +226,6 @@ def without_branches(model: nn.Module) -> ConvNeXt:
     return plain
 
 
-def about_plain(model: Any) -> str:
-    """Returns in words what `without_branches` makes of an MRConvNeXt, and what that can't show."""
-    layers = [stage.blocks[0].conv_dw for stage in model.stages]
-    new = [str(stage) for stage, layer in enumerate(layers, start=1) if local_taps_of(layer) is None]
-    if layers[0].kernel is None:
-        text = "The plain ConvNeXt is this model with its branches closed, α = 0: all other weights are the same."
-    else:
-        text = "The branches of this model are folded into its kernels. The plain ConvNeXt has the local taps that are "
-        text += "kept beside these, if there are any, and all other weights of the model."
-        if not layers[0].norm_is_linear:
-            text += " Its biases hold what the norms of the branches add."
-    if new:
-        where = f"stage{'s' if len(new) > 1 else ''} {', '.join(new)}"
-        text += f" There are no local taps in {where}: its convolutions there are new, 7×7 and random."
-    scales = [block.gamma for stage in model.stages for block in stage.blocks]
-    if all(scale is not None and scale.abs().max() < 1e-3 for scale in scales):
-        text += " All layer scales are below a thousandth, as in a new model: its blocks add next to nothing yet."
-    return text + " A ConvNeXt that was trained by itself may have learned to look elsewhere."
-
-
 def local_taps_of(layer: MRConv2d) -> Optional[Tensor]:
     """Returns a layer's local taps (C, 1, k, k) in either form; None if it has none, or deployed before version 0.1."""
     taps = layer.weight if layer.kernel is None else layer.local_taps

@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from . import plots
-from .convert import about_plain
+from .convert import local_taps_of
 from .hub import form_of, is_deployed
 from .mrconvnext import MRConvNeXt
 
@@ -109,8 +109,8 @@ def _fields(model: MRConvNeXt, fields: list[list[Tensor]], images: str) -> str:
         for name, own, shares in zip(("This model", "Plain ConvNeXt"), fields, seen):
             sections += _figure(plots.plot_field(own[stage]), f"Stage {stage + 1}", f"{name}: {_share(shares[stage])}")
         sections += "</div>\n</section>\n"
-    shares = [tuple(map(_share, both)) for both in zip(*seen)]
-    texts = [f"in stage {i}, {own} (plain ConvNeXt {other})" for i, (own, other) in enumerate(shares, start=1)]
+    words = [tuple(map(_share, both)) for both in zip(*seen)]
+    texts = [f"in stage {i}, {own} (plain ConvNeXt {other})" for i, (own, other) in enumerate(words, start=1)]
     gaps = [own - other for own, other in zip(*seen)]
     ahead = f"is farthest ahead {texts[gaps.index(max(gaps))]}" if max(gaps) > 0 else "is ahead in none"
     return f"""<h2>What each stage sees</h2>
@@ -123,6 +123,26 @@ largest. This model sees the most {texts[seen[0].index(max(seen[0]))]}, and {ahe
 <div class="grid" style="--least: 25rem">
 {sections}</div>
 """
+
+
+def about_plain(model: MRConvNeXt) -> str:
+    """Returns in words what `convert.without_branches` makes of an MRConvNeXt, and what that can't show."""
+    layers = [stage.blocks[0].conv_dw for stage in model.stages]
+    new = [str(stage) for stage, layer in enumerate(layers, start=1) if local_taps_of(layer) is None]
+    if layers[0].kernel is None:
+        text = "The plain ConvNeXt is this model with its branches closed, α = 0: all other weights are the same."
+    else:
+        text = "The branches of this model are folded into its kernels. The plain ConvNeXt has the local taps that are "
+        text += "kept beside these, if there are any, and all other weights of the model."
+        if not layers[0].norm_is_linear:
+            text += " Its biases hold what the norms of the branches add."
+    if new:
+        where = f"stage{'s' if len(new) > 1 else ''} {', '.join(new)}"
+        text += f" There are no local taps in {where}: its convolutions there are new, 7×7 and random."
+    scales = [block.gamma for stage in model.stages for block in stage.blocks]
+    if all(scale is not None and scale.abs().max() < 1e-3 for scale in scales):
+        text += " All layer scales are below a thousandth, as in a new model: its blocks add next to nothing yet."
+    return text + " A ConvNeXt that was trained by itself may have learned to look elsewhere."
 
 
 def _share(percent: float) -> str:

@@ -14,7 +14,8 @@ from timm.models.convnext import ConvNeXt
 
 import mrconvnext
 from mrconvnext.cli import main
-from mrconvnext.convert import about_plain, without_branches
+from mrconvnext.convert import without_branches
+from mrconvnext.page import about_plain
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_layer, plot_receptive_fields, receptive_fields
 
 
