@@ -4,9 +4,7 @@
     python -m experiments.resolution --output results --document docs/resolution.md
 
 Evaluates the weights of the first command without training, at all sizes, and writes OUTPUT/resolution.csv; then the
-tables of the document that stand between the lines ``<!-- resolution -->`` or ``<!-- drawings -->`` and ``<!-- end
--->``. The latter are of the groups "drawings 64, kept kernels" and "drawings 64"; where there are weights of
-these, what their stages see goes to resolution-drawings.png beside the document.
+table of the document that stands between the lines ``<!-- resolution -->`` and ``<!-- end -->``.
 """
 
 import argparse
@@ -22,26 +20,17 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from experiments.report import (
-    BEST,
-    Lines,
     accuracies_of,
-    first_rows,
-    held_out,
-    interval,
     load,
-    paired,
     read_lines,
     spread,
 )
 from experiments.rows import GOING_ON, LARGER_SIDES, before_resolution_row, resolution_rows
 from experiments.run import commit, environment, now
 from mrconvnext.benchmarking.report import with_table
-from mrconvnext.plots import plot_receptive_fields
 
 SIDES = (32, *LARGER_SIDES)
 COLUMNS = ("kernels", "img_size", "tuned", "seed", "top1", "hardware", "torch", "timm", "python", "commit", "date")
-DRAWINGS = {"kept kernels": "drawings 64, kept kernels", "moved kernels": "drawings 64"}
-ON_DRAWINGS = "local taps, kernel"
 
 
 def main() -> int:
@@ -57,18 +46,7 @@ def main() -> int:
         writer.writeheader()
         origin = {**environment(), "commit": commit(), "date": now()}
         writer.writerows({**line, **origin} for line in lines)
-    text = args.document.read_text()
-    for name, own in (
-        ("resolution", table(lines)),
-        ("drawings", drawings_table(read_lines(args.output / "results.csv"))),
-    ):
-        text = with_table(text, name, own)
-    args.document.write_text(text)
-    rows = {name: first_rows()[group, ON_DRAWINGS] for name, group in DRAWINGS.items()}
-    if all((args.output / "runs" / row.identifier / BEST).is_file() for row in rows.values()):
-        models = {name: load(row, args.output) for name, row in rows.items()}
-        images = held_out(args.output / "data" / "drawings-64", 64)
-        plot_receptive_fields(models, images).savefig(args.document.with_name("resolution-drawings.png"), dpi=110)
+    args.document.write_text(with_table(args.document.read_text(), "resolution", table(lines)))
     return 0
 
 
@@ -116,19 +94,6 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells.append(spread([float(x["top1"]) for x in own], ".2f"))
         rows.append([name, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def drawings_table(results: Lines) -> str:
-    """Returns the accuracy of models that went on from drawings of 32 px to those of 64, by what became of kernels, at
-    the seeds that were trained with both."""
-    accuracies = accuracies_of(results)
-    kept, moved = (accuracies[group, ON_DRAWINGS] for group in DRAWINGS.values())
-    seeds = [seed for seed in kept if seed in moved]
-    rows = ["| test, %, drawings of 64 px | seeds | one pass after 32 px |", "| --- | --- | --- |"]
-    for name, own in zip(DRAWINGS, (kept, moved)):
-        rows.append(f"| {name} | {len(seeds)} | {spread([own[seed] for seed in seeds], '.2f')} |")
-    rows.append(f"| moved less kept | {len(seeds)} | {interval(paired(moved, kept))} |")
-    return "\n".join(rows)
 
 
 if __name__ == "__main__":

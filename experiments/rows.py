@@ -134,7 +134,7 @@ def fine_tuning_rows() -> list[Row]:
 
 def drawing_rows() -> list[Row]:
     """Returns the models on drawings in which two discs are joined by a curve or not: at 32 px, then at 64 px, where
-    ConvNeXt also takes twice the steps, and kernels also stay as long as they were."""
+    ConvNeXt also takes twice the steps."""
     rows = []
     for seed in SEEDS:
         for name in COMPARED:
@@ -143,8 +143,6 @@ def drawing_rows() -> list[Row]:
             rows += [before, first, drawing_row("drawings 64", first, 64, 1)]
             if name == "ConvNeXt" and seed in FEW_SEEDS:
                 rows.append(drawing_row("drawings 64, 2 passes", first, 64, 2))
-            elif seed in FEW_SEEDS:
-                rows.append(drawing_row("drawings 64, kept kernels", first, 64, 1, "--keep-kernels"))
     return rows
 
 
@@ -154,10 +152,10 @@ def before_drawing_row(name: str, seed: int) -> Row:
     return Row("before drawings", name, seed, "fashion-27000", options)
 
 
-def drawing_row(group: str, first: Row, side: int, epochs: int, *more: str) -> Row:
+def drawing_row(group: str, first: Row, side: int, epochs: int) -> Row:
     recipe = f"--img-size {side} --global-batch 64 --epochs {epochs} --lr 1e-3 --warmup-epochs 0.5"
     recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0"
-    options = (*model(MODELS[first.name], DRAWING_SHAPE), *RECIPE, *recipe.split(), *more)
+    options = (*model(MODELS[first.name], DRAWING_SHAPE), *RECIPE, *recipe.split())
     return Row(group, first.name, first.seed, f"drawings-{side}", options, first.identifier)
 
 

@@ -395,4 +395,3 @@ def test_the_tables_of_resolution_are_those_of_its_files() -> None:
     lines: list[dict] = list(resolution.read_lines(results / "resolution.csv"))
     lines = [{**line, "img_size": int(line["img_size"]), "tuned": line["tuned"] == "True"} for line in lines]
     assert resolution.table(lines) in document
-    assert resolution.drawings_table(resolution.read_lines(results / "resolution-runs.csv")) in document
