@@ -268,7 +268,7 @@ def write_pictures(results: Path, folder: Path) -> None:
         if (model := models.get("local taps, kernel")) is not None:
             plot_alpha_norms(model).savefig(own / f"{name}-alpha.png", dpi=110)
             plot_kernels(model).savefig(own / f"{name}-kernels.png", dpi=90)
-            if group == "drawings 64":
+            if group == "main":
                 plot_overview(model, models["ConvNeXt"], images).savefig(folder / "overview.png", dpi=110)
 
 
