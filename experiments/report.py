@@ -45,7 +45,7 @@ BASELINES = {
 # What is compared in short: what was trained, and the group of the network with global kernels.
 COMPARED = (
     ("Fashion-MNIST at 16 px, equal steps", "two passes"),
-    ("Fashion-MNIST at 16 px, equal training time", "equal time"),
+    ("Fashion-MNIST at 16 px, about equal training time", "equal time"),
     ("fine-tuning on other classes of it", "fine-tuning"),
     ("are two discs joined? drawings of 32 px", "drawings 32"),
     ("the same models going on at 64 px", "drawings 64"),
