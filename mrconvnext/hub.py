@@ -371,7 +371,7 @@ def _exported(model: MRConvNeXt, fused: bool, license: Optional[str]) -> MRConvN
     size = cfg["input_size"][1:]
     usual: Any = timm.get_pretrained_cfg(cfg["architecture"])
     if model.started_from is None and usual and tuple(size) == usual.input_size[1:]:
-        size = to_2tuple(model.model_args["img_size"])  # nobody said more of the images than for which it was made
+        size = to_2tuple(model.model_args["img_size"])  # all that is known of its images
     exported.pretrained_cfg = {
         **cfg,
         "input_size": (exported.stem[0].in_channels, *size),

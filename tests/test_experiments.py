@@ -163,6 +163,20 @@ def test_a_second_runner_is_refused(short_rows: list, tmp_path: Path, capsys) ->
     assert "another runner" in capsys.readouterr().err and not (tmp_path / "results.csv").exists()
 
 
+def test_results_of_another_command_or_version_are_refused(short_rows: list, tmp_path: Path, capsys) -> None:
+    """What a row was when it ran counts, not its name."""
+    row, file = short_rows[0], tmp_path / "results.csv"
+    line = dict.fromkeys(run.COLUMNS, "") | {"identifier": row.identifier, "status": "done"}
+    for change, word in (
+        ({"command": "python -m train_imagenet --seed 1"}, "another command"),
+        ({"more": ""}, "version"),
+    ):
+        run.append(file, line | change)
+        assert run.main(["--output", str(tmp_path)]) == 2
+        assert word in capsys.readouterr().err
+        file.unlink()
+
+
 def test_what_others_start_from_runs_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (
         rows.Row(name, "", 0, "digits", (), start) for name, start in zip("abc", (None, "a--0", "b--0"))
@@ -325,8 +339,8 @@ def test_times_leave_out_interruptions() -> None:
     assert step_ms != step_ms and steps == 40  # resumed for its last steps: nothing to tell the time by
 
 
-def result(group: str, name: str, seed: int, test: float) -> dict[str, str]:
-    own = {"group": group, "name": name, "seed": str(seed), "status": "done", "top1": "80", "test_top1": str(test)}
+def result(group: str, name: str, seed: int, test: float, top1: float = 80) -> dict[str, str]:
+    own = {"group": group, "name": name, "seed": str(seed), "status": "done", "top1": str(top1), "test_top1": str(test)}
     return {**own, "parameters": "1000", "steps": "9"}
 
 
@@ -344,7 +358,7 @@ def test_the_tables_say_what_the_results_say() -> None:
     assert f"| local taps, kernel | 2 | 73.50 ± 2.12 | {difference} | 80.00 ± 0.00 | 1,000 | 9 |  |" in text
     assert "| paper's layer, batch | 0 (1 failed) |" in text
     assert report.with_tables(text, lines, speeds) == text
-    batch = [result("main", "local taps, batch", seed, top1) for seed, top1 in ((0, 72.5), (1, 74), (2, 99))]
+    batch = [result("main", "local taps, batch", seed, 70, top1) for seed, top1 in ((0, 80.5), (1, 79), (2, 99))]
     text = report.with_tables("<!-- kernel less batch -->\n<!-- end -->", lines + batch, speeds)
     assert "| main | 2 | +0.25 (-9.28 … +9.78) | -0.50, +1.00 |" in text
     other = "<!-- of another program -->\nits table\n<!-- end -->"
