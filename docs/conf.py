@@ -8,7 +8,7 @@ copyright = "2026, The mrconvnext authors"
 release = version = mrconvnext.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "outputs"]
 source_suffix = {".md": "markdown"}
 
 myst_heading_anchors = 3

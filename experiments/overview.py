@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrconvnext import MRConvNeXt
 from mrconvnext.grid import lag_map
-from mrconvnext.plots import receptive_fields
+from mrconvnext.plots import draw_field, receptive_fields, strongest_channel
 
 WIDTHS = (2.4, 0.3, 1.0, 0.15, 1.6, 1.6)
 
@@ -17,7 +17,7 @@ WIDTHS = (2.4, 0.3, 1.0, 0.15, 1.6, 1.6)
 def weighted_branches(layer: Any) -> tuple[list[Tensor], int]:
     """Returns the branches (2·l_i − 1) of a layer's strongest channel, normalised and weighted, and that channel."""
     gains, _ = layer.branch_gains()  # (N, C)
-    channel = int(layer.alpha.abs().sum(0).argmax())
+    channel = strongest_channel(layer)
     kernels = [kernel[channel] for kernel in layer.branch_kernels()]
     return [gain * kernel for gain, kernel in zip(gains[:, channel], kernels)], channel
 
@@ -48,9 +48,8 @@ def plot_overview(model: MRConvNeXt, convnext: Any, images: Tensor) -> Figure:
     merged.imshow(kernel.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     merged.set(xticks=[], yticks=[], title="… fold into one")
     for ax, (name, own) in zip(fields, (("ConvNeXt", convnext), ("MRConvNeXt", model))):
-        field = receptive_fields(own, images)[0]
-        ax.imshow(field.log10().numpy(), cmap="magma", vmin=-4, vmax=0)
-        ax.set(xticks=[], yticks=[], title=f"stage 1 of {name} sees")
+        draw_field(ax, receptive_fields(own, images)[0])
+        ax.set_title(f"stage 1 of {name} sees")
     for ax in (first, merged, *fields):
         ax.title.set_fontsize("small")
     return figure

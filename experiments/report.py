@@ -76,8 +76,11 @@ def main() -> None:
     if not file.is_file():
         parser.error(f"--results: {file} is missing")
     results, speeds = read_lines(file), read_speeds(args.results / "speed")
-    for document in DOCUMENTS:
-        document.write_text(with_tables(document.read_text(), results, speeds))
+    texts = {document: document.read_text() for document in DOCUMENTS}
+    if missing := {name for text in texts.values() for name in tables_of(text)} - {line["group"] for line in results}:
+        parser.error(f"--results: {file} has no rows of the documents' tables {', '.join(sorted(missing))}")
+    for document, text in texts.items():
+        document.write_text(with_tables(text, results, speeds))
     if args.publish:
         for path in (file, *(args.results / "speed").rglob("*.csv")):
             copy = args.publish / "results" / path.relative_to(args.results)
@@ -109,9 +112,14 @@ def read_speeds(folder: Path) -> Speeds:
     }
 
 
+def tables_of(text: str) -> set[str]:
+    """Returns the groups of rows that a document has tables of."""
+    return {row.group for row in all_rows()} & set(re.findall(r"<!-- (.+?) -->", text))
+
+
 def with_tables(text: str, results: Lines, speeds: Speeds) -> str:
     """Returns a document with its tables of results made anew."""
-    groups = {row.group for row in all_rows()}
+    groups = tables_of(text)
 
     def made(match: re.Match[str]) -> str:
         name = match[1]

@@ -139,7 +139,7 @@ def drawing_rows() -> list[Row]:
     for seed in SEEDS:
         for name in COMPARED:
             before = before_drawing_row(name, seed)
-            first = drawing_row("drawings 32", before, 32, 2)
+            first = drawing_row("drawings 32", before, 32, 4)
             rows += [before, first, drawing_row("drawings 64", first, 64, 1)]
             if name == "ConvNeXt" and seed in FEW_SEEDS:
                 rows.append(drawing_row("drawings 64, 2 passes", first, 64, 2))

@@ -28,7 +28,7 @@ def plot_kernels(model: MRConvNeXt) -> Figure:
     columns = max(len(layer.alpha) for layer in layers) + 1
     figure = Figure(figsize=(7 + 1.9 * columns, 3.2 * len(layers)), layout="constrained")
     for stage, (layer, row) in enumerate(zip(layers, figure.subfigures(len(layers), 1, squeeze=False)[:, 0])):
-        channel = _strongest_channel(layer)
+        channel = strongest_channel(layer)
         height, width = layer.reference_grid
         row.suptitle(f"stage {stage + 1}, grid {height}×{width}, channel {channel}", fontsize="medium")
         _plot_layer(layer, channel, row, columns)
@@ -36,7 +36,8 @@ def plot_kernels(model: MRConvNeXt) -> Figure:
 
 
 @torch.no_grad()
-def _strongest_channel(layer: MRConv2d) -> int:
+def strongest_channel(layer: MRConv2d) -> int:
+    """Returns the channel whose branches weigh most or, of a deployed layer, whose kernel is largest."""
     size = layer.alpha.abs().sum(0) if layer.kernel is None else layer.merged_kernel()[0].abs().sum(1)
     return int(size.argmax())
 
@@ -74,7 +75,7 @@ def plot_layer(layer: MRConv2d, plain: nn.Conv2d) -> dict[str, Figure]:
         layer: The layer, in either form.
         plain: The convolution of the ConvNeXt beside it, of as many channels: its kernel is drawn at the same scale.
     """
-    channel = _strongest_channel(layer)
+    channel = strongest_channel(layer)
     merged = layer.merged_kernel()[0][channel].float()
     kernels = _branches(layer, channel)
     taps = ", local taps included," if layer.kernel_size else ""
@@ -192,7 +193,9 @@ def plot_alpha_norms(model: MRConvNeXt) -> Figure:
                 va="center",
                 fontsize="xx-small",
             )
-    ax.set(xlabel="layer", ylabel="branch, shortest first", xticks=range(len(layers)), yticks=range(branches))
+    ax.set_xticks(range(len(layers)), labels=[str(i + 1) for i in range(len(layers))])
+    ax.set_yticks(range(branches), labels=[str(i + 1) for i in range(branches)])
+    ax.set(xlabel="layer", ylabel="branch, shortest first")
     ax.set_title("root mean square of α over the channels", fontsize="small")
     figure.colorbar(picture)
     return figure
@@ -232,7 +235,7 @@ def draw_receptive_fields(fields: dict[str, list[Tensor]]) -> Figure:
     axes = figure.subplots(len(fields), columns, squeeze=False)
     for row, (name, own) in zip(axes, fields.items()):
         for stage, (ax, field) in enumerate(zip(row, own)):
-            picture = _plot_field(ax, field)
+            picture = draw_field(ax, field)
             ax.set_title(f"{name}, stage {stage + 1}", fontsize="x-small")
     bar = figure.colorbar(picture, ax=axes, ticks=[-4, -2, 0], format=_power)
     bar.set_label("size of the gradient, over the largest", fontsize="x-small")
@@ -243,7 +246,7 @@ def plot_field(field: Tensor) -> Figure:
     """Returns a picture of one receptive field (H, W) in the colours of `plot_field_colours`, without a frame."""
     height, width = field.shape
     figure = Figure(figsize=(2.2, 2.2 * height / width))
-    _plot_field(figure.add_axes((0, 0, 1, 1)), field)
+    draw_field(figure.add_axes((0, 0, 1, 1)), field)
     return figure
 
 
@@ -260,7 +263,8 @@ def _power(power: float, _: Any) -> str:
     return f"$10^{{{power:.0f}}}$"
 
 
-def _plot_field(ax: Axes, field: Tensor) -> Any:
+def draw_field(ax: Axes, field: Tensor) -> Any:
+    """Draws one receptive field (H, W) in the colours of `plot_field_colours`, and returns matplotlib's image."""
     ax.set(xticks=[], yticks=[])
     return ax.imshow(field.log10().numpy(), cmap="magma", vmin=-4, vmax=0)
 

@@ -1,9 +1,10 @@
 """What docs/resolution.md says of moved kernels and of networks with global kernels, measured.
 
-    python -m scripts.resolution docs/resolution.md
+    python -m scripts.resolution docs
+    python -m scripts.tables docs/resolution.md
 
-Writes the tables between the lines ``<!-- moved -->`` or ``<!-- families -->`` and ``<!-- end -->`` of the document,
-and the picture resolution.png beside it. Takes a minute.
+The first writes the tables outputs/moved.md and outputs/families.md and the picture resolution.png in that folder, in a
+minute.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from timm.utils import reparameterize_model
 from torch import Tensor
 
 from mrconvnext import MRConv2d, with_global_kernels
-from mrconvnext.benchmarking.report import with_table
 from mrconvnext.global_kernels import depthwise_layers
 from mrconvnext.kernels import KERNELS
 from mrconvnext.resampling import to_distances
@@ -34,14 +34,13 @@ FAMILIES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("document", type=Path, help="Markdown file")
-    document = parser.parse_args().document
+    parser.add_argument("folder", type=Path, help="where to write")
+    folder = parser.parse_args().folder
     torch.manual_seed(0)
-    text = document.read_text()
-    for name, table in (("moved", moved_table()), ("families", families_table())):
-        text = with_table(text, name, table)
-    document.write_text(text)
-    picture().savefig(document.with_name("resolution.png"), dpi=110)
+    (folder / "outputs").mkdir(parents=True, exist_ok=True)
+    (folder / "outputs" / "moved.md").write_text(f"{moved_table()}\n")
+    (folder / "outputs" / "families.md").write_text(f"{families_table()}\n")
+    picture().savefig(folder / "resolution.png", dpi=110)
 
 
 # Moved kernels

@@ -1,10 +1,12 @@
-"""Writes the tables of documents from the benchmark's CSVs.
+"""Writes the tables of documents from the benchmark's CSVs, and what other scripts printed from their files.
 
-    python -m scripts.tables README.md docs/performance.md docs/training.md
+    python -m scripts.tables README.md docs/*.md
 
 A table stands between lines such as ``<!-- benchmark/benchmark.csv: model form ms ratio -->``, a path from the
 document's folder and columns of that file, and ``<!-- end -->``. Above it stand the command that the file is from, the
 hardware and the versions. Cells are as the benchmark prints them. ``<!-- speed -->`` is README's short table.
+``<!-- outputs/launches.md -->`` is a file that holds what a script printed; one that ends in .txt becomes a block of
+code.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from mrconvnext.benchmarking.report import cell, with_table
 DOCS = Path(__file__).parents[1] / "docs"
 
 TABLE = re.compile(r"<!-- (\S+\.csv): (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+OUTPUT = re.compile(r"<!-- (\S+\.(?:md|txt)) -->\n.*?<!-- end -->", re.DOTALL)
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?")
 
 SPEED = "speed"
@@ -50,7 +53,12 @@ def with_tables(document: Path) -> str:
         path, columns = match.groups()
         return f"<!-- {path}: {columns} -->\n{block(document.parent, path, columns.split())}\n<!-- end -->"
 
-    text = TABLE.sub(made, document.read_text())
+    def printed(match: re.Match[str]) -> str:
+        path = document.parent / match[1]
+        fence = "```\n" if path.suffix == ".txt" else ""
+        return f"<!-- {match[1]} -->\n{fence}{path.read_text().strip()}\n{fence}<!-- end -->"
+
+    text = OUTPUT.sub(printed, TABLE.sub(made, document.read_text()))
     if f"<!-- {SPEED} -->" in text:
         text = with_table(text, SPEED, speed_table(DOCS / "benchmark"))
     return text

@@ -21,6 +21,7 @@ from mrconvnext.benchmarking.report import summary
 from mrconvnext.benchmarking.rows import Row, reference_of
 from scripts import tables
 
+ROOT = Path(__file__).parents[1]
 OURS = "mrconvnext_atto:depths=(1,1,1,1):dims=(8,16,24,32)"
 CONVNEXT = "test_convnext"
 FIXED_SIZE = "test_vit"  # refuses images of another size than it was made for
@@ -145,9 +146,17 @@ def test_tables_of_a_document_show_medians_with_their_spread(evaluation: Path) -
     assert "old" not in text and "python benchmark_throughput.py" in text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance.md", "docs/training.md", "docs/resolution.md"])
-def test_tables_of_the_documents_are_those_of_their_files(name: str) -> None:
-    document = Path(tables.__file__).parent.parent / name
+def test_what_a_script_printed_stands_in_a_document(tmp_path: Path) -> None:
+    (tmp_path / "table.md").write_text("| a |\n| --- |\n")
+    (tmp_path / "lines.txt").write_text("a: 1\nb: 2\n")
+    document = tmp_path / "document.md"
+    document.write_text("<!-- table.md -->\nold\n<!-- end -->\nbetween\n<!-- lines.txt -->\n<!-- end -->\n")
+    code = "<!-- lines.txt -->\n```\na: 1\nb: 2\n```\n<!-- end -->\n"
+    assert tables.with_tables(document) == f"<!-- table.md -->\n| a |\n| --- |\n<!-- end -->\nbetween\n{code}"
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda x: x.name)
+def test_tables_of_the_documents_are_those_of_their_files(document: Path) -> None:
     assert tables.with_tables(document) == document.read_text()
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -394,6 +395,20 @@ def test_speeds_are_measured_as_the_tables_take_them(monkeypatch: pytest.MonkeyP
     assert [(line["model"], line["img_size"]) for line in photographs] == [(name, "64") for name in rows.LITE]
     assert float(photographs[0]["ratio"]) == 1 and float(photographs[1]["ms"]) > 0
     assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "out").rglob("*.csv"))
+
+
+def test_results_without_a_documents_rows_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    document = tmp_path / "document.md"
+    document.write_text(text := "<!-- main -->\n<!-- end -->\n<!-- emoji -->\nold\n<!-- end -->")
+    (tmp_path / "results.csv").write_text("group,status\nmain,failed\n")
+    monkeypatch.setattr(report, "DOCUMENTS", [document])
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "no rows of the documents' tables emoji" in capsys.readouterr().err
+    assert document.read_text() == text
 
 
 @pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda file: file.name)
