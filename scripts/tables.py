@@ -73,8 +73,8 @@ def speed_table(folder: Path) -> str:
         blocks = next(row for row in rows if row["form"] == "fused blocks")
         lines.append(f"| {words} | {cell(own, 'ratio')} | {blocks['ms'] / own['ms']:.3g} |")
     first = read(folder / SPEEDS[0][1])[0]
-    origin = f"{first['hardware']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}"
-    return "\n".join([*lines, "", f"{origin}, timm {first['timm']}, {first['date'][:10]}."])
+    commands = dict.fromkeys(read(folder / file)[0]["command"] for _, file, *_ in SPEEDS)
+    return "\n".join([*lines, "", f"{origin(first)}.", "", code(*commands)])
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -86,13 +86,22 @@ def block(folder: Path, path: str, columns: list[str]) -> str:
     """Returns the command of a file, what it was run with, and its table."""
     lines = read(folder / path)
     first = lines[0]
-    command = textwrap.wrap(first["command"], 116, subsequent_indent="    ", break_on_hyphens=False)
-    versions = f"torch {first['torch']}, timm {first['timm']}, {first['date'][:10]}"
-    origin = f"{first['hardware']}, {first['threads']} threads, {first['dtype']}, {versions};"
     cells = [[HEADERS.get(name, name) for name in columns], ["---"] * len(columns)]
     cells += [[cell(numbers(line), name) for name in columns] for line in lines]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    return "```\n" + " \\\n".join(command) + f"\n```\n\n{origin}\n[all columns]({path})\n\n{table}"
+    return f"{code(first['command'])}\n\n{origin(first)};\n[all columns]({path})\n\n{table}"
+
+
+def code(*commands: str) -> str:
+    """Returns commands as a block of code, their lines broken where they are long."""
+    wrapped = (textwrap.wrap(own, 116, subsequent_indent="    ", break_on_hyphens=False) for own in commands)
+    return "\n".join(["```", *(" \\\n".join(own) for own in wrapped), "```"])
+
+
+def origin(line: dict[str, str]) -> str:
+    """Returns what a line of a file was measured on."""
+    machine = f"{line['hardware']}, {line['threads']} threads, {line['dtype']}"
+    return f"{machine}, torch {line['torch']}, timm {line['timm']}, {line['date'][:10]}"
 
 
 def numbers(line: dict[str, str]) -> dict[str, Any]:
