@@ -43,7 +43,7 @@ COMPARED = (
     ("Fashion-MNIST at 16 px, equal steps", "two passes"),
     ("Fashion-MNIST at 16 px, about equal training time", "equal time"),
     ("fine-tuning on other classes of it", "fine-tuning"),
-    ("are two discs joined? drawings of 32 px", "drawings 32"),
+    ("are two discs joined by a curve? drawings of 32 px", "drawings 32"),
     ("the same models going on at 64 px", "drawings 64"),
     ("EfficientNet-Lite0 from ImageNet on solar cells, 300 px, equal steps", "solar"),
     ("the same, equal training time", "solar, equal time"),
