@@ -11,7 +11,7 @@ from typing import Optional
 import numpy as np
 from PIL import Image, ImageDraw
 
-# How far apart two curves must stay and how thick they are, in parts of the image's side.
+# How far apart two curves must stay, how thick they are, and the radius of the discs, in parts of the image's side.
 CLEARANCE, WIDTH, MARKER = 0.14, 0.05, 0.08
 SHORTEST, LONGEST, STEPS = 0.3, 0.9, 40  # length of a curve, in parts of the side; its points
 SUPERSAMPLING = 4
@@ -31,7 +31,7 @@ def write(name: str, folder: Path, sources: Mapping[str, Optional[Path]]) -> Non
 
     ``fashion-N`` are the first N; ``fashion-first-half`` and ``fashion-second-half`` are five classes each, of the
     first 30,000 and 20,000; ``drawings-SIDE`` are 45,000 drawings; ``solar-N`` and ``emoji-N`` are N photographs and
-    pictures.
+    pictures for training, or all that there are.
 
     Args:
         name: Which images.

@@ -35,20 +35,20 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 BASELINES = {
     "changes": ("main", "local taps, kernel"),
     "equal time": ("two passes", "ConvNeXt"),
-    "drawings 64, 2 passes": ("drawings 64", "local taps, kernel"),
 }
 
 # What is compared in short: what was trained, and the group of the network with global kernels.
 COMPARED = (
-    ("Fashion-MNIST at 16 px, equal steps", "two passes"),
-    ("Fashion-MNIST at 16 px, about equal training time", "equal time"),
-    ("fine-tuning on other classes of it", "fine-tuning"),
+    ("Fashion-MNIST at 16 px, one pass, equal steps", "main"),
+    ("two passes, equal steps", "two passes"),
+    ("two passes, about equal training time", "equal time"),
+    ("fine-tuning on other classes of Fashion-MNIST", "fine-tuning"),
     ("are two discs joined by a curve? drawings of 32 px", "drawings 32"),
-    ("the same models going on at 64 px", "drawings 64"),
+    ("the same models going on at 64 px", "drawings 64, 2 passes"),
     ("EfficientNet-Lite0 from ImageNet on solar cells, 300 px, equal steps", "solar"),
-    ("the same, equal training time", "solar, equal time"),
+    ("the same, about equal training time", "solar, equal time"),
     ("EfficientNet-Lite0 from ImageNet on emoji, 64 px, equal steps", "emoji"),
-    ("the same, equal training time", "emoji, equal time"),
+    ("the same, about equal training time", "emoji, equal time"),
 )
 
 # The names of the networks with local kernels alone, and of those with global ones.
@@ -56,6 +56,9 @@ LOCAL = ("ConvNeXt", "EfficientNet-Lite0")
 GLOBAL = ("local taps, kernel", "global kernels")
 
 NORM = re.compile(r"(\w+) less (\w+)")
+
+# Forms that training steps are measured in, and how their seconds are written.
+FORMS = {"default": "{:.0f}", "training form": "{:.0f}", "fused blocks": "({:.0f} with our blocks)"}
 
 BEST = "best.safetensors"  # weights of a run
 
@@ -92,7 +95,7 @@ def main() -> None:
 # Tables
 
 
-Speeds = dict[tuple[str, int, int], float]
+Speeds = dict[tuple[str, str, int, int], float]
 Lines = list[dict[str, str]]  # of a CSV
 
 
@@ -103,12 +106,12 @@ def read_lines(path: Path) -> Lines:
 
 
 def read_speeds(folder: Path) -> Speeds:
-    """Returns images/s in training by model, side of the images and batch, as experiments.speed measured them."""
+    """Returns images/s in training by model, form, side of the images and batch, as experiments.speed measured them."""
     lines = [line for path in folder.rglob("benchmark.csv") for line in read_lines(path)]
     return {
-        (line["model"], int(line["img_size"]), int(line["batch_size"])): float(line["images_per_s"])
+        (line["model"], line["form"], int(line["img_size"]), int(line["batch_size"])): float(line["images_per_s"])
         for line in lines
-        if line["images_per_s"] and line["form"] in ("default", "training form")
+        if line["images_per_s"]
     }
 
 
@@ -229,10 +232,12 @@ def first_rows() -> dict[tuple[str, str], Row]:
 
 
 def seconds(row: Row, steps: int, speeds: Speeds) -> str:
-    """Returns the seconds of a row's training steps, where their speed has been measured."""
+    """Returns the seconds of a row's training steps, where their speed has been measured; a ConvNeXt's also with the
+    blocks of this package."""
     args = row.arguments
-    speed = speeds.get((row.spec, args.img_size, args.global_batch))
-    return f"{steps * args.global_batch / speed:.0f}" if speed else ""
+    images = steps * args.global_batch
+    found = {form: speeds.get((row.spec, form, args.img_size, args.global_batch)) for form in FORMS}
+    return " ".join(FORMS[form].format(images / speed) for form, speed in found.items() if speed)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -261,7 +266,7 @@ def each(values: list[float]) -> str:
 
 def write_pictures(results: Path, folder: Path) -> None:
     """Draws what models of the first seed have learned and see, and the picture of README."""
-    for group in ("main", "drawings 32", "drawings 64"):
+    for group in ("main", "drawings 32"):
         rows = {name: row for (own, name), row in first_rows().items() if own == group}
         models = {
             name: load(row, results)

@@ -1,6 +1,6 @@
 """Runs the experiments, two calls of train_imagenet.py a row, and appends a line for each to OUTPUT/results.csv.
 
-    python -m experiments.run --output results --fashion-mnist /usr/share/datasets/fashion-mnist
+    python -m experiments.run --output results --groups main "two passes" --fashion-mnist FOLDER
 
 Interrupted (Ctrl-C, SIGTERM) or killed, the same command goes on: rows that the file has are not run again, a row that
 was in the middle goes on there. A row that fails is kept as failed, with its reason; take its line out of the file to

@@ -33,7 +33,7 @@ BATCH = 16  # of photographs and emoji
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--rounds", type=positive, default=5, help="turns of each model (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=7, help="turns of each model (default: %(default)s)")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -61,7 +61,7 @@ def measure(rounds: int) -> int:
 
 
 def measure_photographs(rounds: int) -> int:
-    """Measures training steps of both networks of the photographs in turns, as the rows make them."""
+    """Measures training steps of both networks of the photographs in turns, on images of their sizes and batch."""
     torch.set_num_threads(1)
     lines = []
     for side in dict.fromkeys(row.arguments.img_size for row in photograph_rows()):

@@ -139,8 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> MRConvNeXt:
     """Returns the MRConvNeXt that a command's SOURCE stands for, in eval mode."""
     path = Path(args.source)
-    options = dict(args.model_kwargs)
-    name = args.source
+    name, options = args.source, dict(args.model_kwargs)
     if path.is_file() and args.model is None and path.name in WRITTEN and path.with_name("config.json").is_file():
         path = path.parent
     if path.is_file():
@@ -150,14 +149,17 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
                 f"mrconvnext_tiny, else give {ALLOWED}"
             )
         name = args.model
+        check_name(name)
         found = options_of_file(path)
         overlay = {"file": str(path), "num_classes": found["num_classes"]}
         options = {**found, **options, "pretrained_cfg_overlay": overlay}
     elif path.is_dir():
         check_folder(path)
         name = f"local-dir:{path}"
-    elif not args.source.startswith(("hf-hub:", "local-dir:")):
-        check_name(args.source, also="a file or folder, nor ")
+    elif args.source.startswith("local-dir:"):
+        check_folder(Path(args.source.removeprefix("local-dir:")))
+    elif not args.source.startswith("hf-hub:"):
+        check_source(args.source)
     try:
         model: Any = timm.create_model(name, pretrained=True, **options)
     except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # timm trusts a config.json
@@ -170,6 +172,17 @@ def load(args: argparse.Namespace) -> MRConvNeXt:
     if not isinstance(model, MRConvNeXt):
         raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
     return model.eval()
+
+
+def check_source(name: str) -> None:
+    """Raises an error if a name is not one of timm's, or of another of its networks, before anything is downloaded."""
+    try:
+        check_name(name, also="a file or folder, nor ")
+    except ValueError as error:
+        raise ValueError(f"{error}; give {ALLOWED}") from error
+    module = timm.models.model_entrypoint(name.partition(".")[0]).__module__
+    if module.startswith("timm.models.") and module != "timm.models.convnext":
+        raise TypeError(f"{name} is not an MRConvNeXt or a ConvNeXt: give {ALLOWED}")
 
 
 def check_folder(folder: Path) -> None:
