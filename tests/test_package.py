@@ -51,6 +51,14 @@ def test_the_floor_is_the_lower_bounds() -> None:
     assert {name: [Version(version)] for name, version in floor.items()} == bounds
 
 
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    """As where Python starts beside the clone, which is called mrconvnext."""
+    (tmp_path / "mrconvnext").mkdir()
+    code = "import timm, mrconvnext; timm.create_model('mrconvnext_atto', depths=(1, 1, 1, 1))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_version_and_date_are_the_changelogs() -> None:
     version, date = RELEASE.findall((ROOT / "CHANGELOG.md").read_text())[0]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
