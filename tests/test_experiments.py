@@ -420,7 +420,11 @@ def test_published_tables_are_those_of_the_published_results(document: Path) -> 
 
 def test_the_tables_of_resolution_are_those_of_its_files() -> None:
     results = Path(__file__).parents[1] / "docs" / "results"
-    document = results.with_name("resolution.md").read_text()
-    lines: list[dict] = list(resolution.read_lines(results / "resolution.csv"))
-    lines = [{**line, "img_size": int(line["img_size"]), "tuned": line["tuned"] == "True"} for line in lines]
-    assert resolution.table(lines) in document
+    lines = [
+        resolution.line(
+            line["kernels"], int(line["img_size"]), line["tuned"] == "True", int(line["seed"]), float(line["top1"])
+        )
+        for line in resolution.read_lines(results / "resolution.csv")
+    ]
+    assert resolution.table(lines) in results.with_name("resolution.md").read_text()
+    assert [line for line in lines if line["tuned"]] == resolution.tuned(results) != []
