@@ -111,7 +111,7 @@ def read_speeds(folder: Path) -> Speeds:
     return {
         (line["model"], line["form"], int(line["img_size"]), int(line["batch_size"])): float(line["images_per_s"])
         for line in lines
-        if line["images_per_s"]
+        if line["images_per_s"] and line["form"] in FORMS
     }
 
 
