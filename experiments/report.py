@@ -10,9 +10,11 @@ lines such as ``<!-- main -->`` and ``<!-- end -->``; whatever is there is repla
 import argparse
 import csv
 import re
+import shlex
 import shutil
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from torchvision.utils import make_grid
 
 from experiments.overview import plot_overview
 from experiments.rows import Row, all_rows
+from experiments.run import in_waves
 from mrconvnext.plots import plot_alpha_norms, plot_kernels, plot_receptive_fields
 
 ROOT = Path(__file__).parent.parent
@@ -40,8 +43,8 @@ BASELINES = {
 # What is compared in short: what was trained, and the group of the network with global kernels.
 COMPARED = (
     ("Fashion-MNIST at 16 px, one pass, equal steps", "main"),
-    ("two passes, equal steps", "two passes"),
-    ("two passes, about equal training time", "equal time"),
+    ("Fashion-MNIST at 16 px, two passes, equal steps", "two passes"),
+    ("the same, about equal training time", "equal time"),
     ("fine-tuning on other classes of Fashion-MNIST", "fine-tuning"),
     ("are two discs joined by a curve? drawings of 32 px", "drawings 32"),
     ("the same models going on at 64 px", "drawings 64, 2 passes"),
@@ -50,6 +53,9 @@ COMPARED = (
     ("EfficientNet-Lite0 from ImageNet on emoji, 64 px, equal steps", "emoji"),
     ("the same, about equal training time", "emoji, equal time"),
 )
+
+# Those that README shows, all of five seeds: what can be run in an evening.
+IN_README = ("two passes", "equal time", "fine-tuning", "drawings 32")
 
 # The names of the networks with local kernels alone, and of those with global ones.
 LOCAL = ("ConvNeXt", "EfficientNet-Lite0")
@@ -127,9 +133,9 @@ def with_tables(text: str, results: Lines, speeds: Speeds) -> str:
     def made(match: re.Match[str]) -> str:
         name = match[1]
         if name == "compared":
-            own = compared_table(results, seeds=2)
-        elif name == "compared at five seeds":
-            own = compared_table(results, seeds=5)
+            own = compared_table([group for _, group in COMPARED], results)
+        elif name == "compared in README":
+            own = f"{compared_table(IN_README, results)}\n\n{command(IN_README, results)}"
         elif two := NORM.fullmatch(name):
             own = norm_table(two[1], two[2], results)
         elif name in groups:
@@ -141,22 +147,30 @@ def with_tables(text: str, results: Lines, speeds: Speeds) -> str:
     return re.sub(r"<!-- (?!end -->)(.+?) -->(?s:.*?)<!-- end -->", made, text)
 
 
-def compared_table(results: Lines, seeds: int) -> str:
-    """Returns the table of what global kernels give, a line for each group that both kinds of networks have at so many
-    seeds at least."""
+def compared_table(groups: Sequence[str], results: Lines) -> str:
+    """Returns the table of what global kernels give, a line for each group that has both kinds of networks at two seeds
+    or more."""
     lines = ["| | seeds | local kernels | global kernels | difference |", "| --- | --- | --- | --- | --- |"]
     accuracies = accuracies_of(results)
     for words, group in COMPARED:
         name = next(own for own in GLOBAL if (group, own) in first_rows())
-        others = accuracies[baseline_of(group)]
-        own = accuracies[group, name]
-        both = [seed for seed in own if seed in others]
-        if len(both) >= seeds:
-            differences = paired(own, others)
+        own, others = accuracies[group, name], accuracies[baseline_of(group)]
+        both = own.keys() & others.keys()
+        if group in groups and len(both) >= 2:
             means = (statistics.mean(values[seed] for seed in both) for values in (others, own))
-            cells = [words, str(len(both)), *(f"{mean:.2f}" for mean in means), interval(differences)]
+            cells = [words, str(len(both)), *(f"{mean:.2f}" for mean in means), interval(paired(own, others))]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def command(groups: Sequence[str], results: Lines) -> str:
+    """Returns the command that runs groups, and the hours that they and the rows that they start from have taken."""
+    needed = {row.identifier for row in sum(in_waves([row for row in all_rows() if row.group in groups]), [])}
+    taken = [float(line["wall_s"]) / int(line["jobs"]) for line in results if line["identifier"] in needed]
+    return (
+        f"```\npython -m experiments.run --output results --groups {shlex.join(groups)} \\\n"
+        f"    --fashion-mnist FOLDER    # {sum(taken) / 3600:.1f} hours on two cores\n```"
+    )
 
 
 def norm_table(norm: str, baseline: str, results: Lines) -> str:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -342,7 +343,8 @@ def test_times_leave_out_interruptions() -> None:
 
 def result(group: str, name: str, seed: int, test: float, top1: float = 80) -> dict[str, str]:
     own = {"group": group, "name": name, "seed": str(seed), "status": "done", "top1": str(top1), "test_top1": str(test)}
-    return {**own, "parameters": "1000", "steps": "9"}
+    identifier = rows.Row(group, name, seed, data="", options=()).identifier
+    return {**own, "identifier": identifier, "parameters": "1000", "steps": "9", "wall_s": "7200", "jobs": "2"}
 
 
 def test_the_tables_say_what_the_results_say() -> None:
@@ -373,7 +375,24 @@ def test_the_comparison_is_paired_by_seed() -> None:
     text = report.with_tables("<!-- compared -->\n<!-- end -->", lines, {})
     assert "equal steps | 2 | 75.00 | 76.00 | +1.00 (+1.00 … +1.00) |" in text
     assert text.count("\n") == 4  # nothing of a single seed, or of what was not run
-    assert "75.00" not in report.with_tables("<!-- compared at five seeds -->\n<!-- end -->", lines, {})
+
+
+def test_readme_has_the_command_of_its_table_and_how_long_it_takes() -> None:
+    lines = [result("fine-tuning", name, seed, 75) for name in rows.COMPARED for seed in range(5)]
+    lines += [result("before fine-tuning", "ConvNeXt", 0, 70), result("main", "ConvNeXt", 0, 70)]
+    text = report.with_tables("<!-- compared in README -->\n<!-- end -->", lines, {})
+    assert "| 5 | 75.00 | 75.00 | +0.00 (+0.00 … +0.00) |" in text
+    # Eleven rows of two hours, two at once: those that others start from too, and none of other tables.
+    assert "    --fashion-mnist FOLDER    # 11.0 hours on two cores\n" in text
+    assert report.with_tables(text, lines, {}) == text
+    asked = shlex.split(text.partition("experiments.run ")[2].partition("#")[0].replace("\\\n", " "))
+    assert tuple(run.parse_args(asked).groups) == report.IN_README
+
+
+def test_readme_compares_five_seeds() -> None:
+    accuracies = report.accuracies_of(report.read_lines(DOCS / "results" / "results.csv"))
+    for group in report.IN_README:
+        assert all(len(accuracies[own]) == 5 for own in ((group, "local taps, kernel"), report.baseline_of(group)))
 
 
 @pytest.mark.slow
