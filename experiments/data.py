@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Optional
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 # How far apart two curves must stay, how thick they are, and the radius of the discs, in parts of the image's side.
 CLEARANCE, WIDTH, MARKER = 0.14, 0.05, 0.08
@@ -153,7 +155,8 @@ def write_drawings(folder: Path, side: int, images: int, seed: int = 0) -> None:
     """
     generator = np.random.default_rng([seed, side])
     for split, count in (("train", images), ("validation", images // 10), ("test", images // 10)):
-        own = ((draw(side, bool(i % 2), generator), str(i % 2)) for i in range(count))
+        numbers = tqdm(range(count), f"drawing {split}", leave=False, disable=not sys.stderr.isatty())
+        own = ((draw(side, bool(i % 2), generator), str(i % 2)) for i in numbers)
         _write(own, folder / split)
 
 

@@ -69,8 +69,8 @@ FORMS = {"default": "{:.0f}", "training form": "{:.0f}", "fused blocks": "({:.0f
 BEST = "best.safetensors"  # weights of a run
 
 HEADER = (
-    *("model", "seeds", "test, %", "less {baseline}", "at each seed", "validation, %", "parameters", "steps"),
-    "training, s",
+    *("model", "seeds", "test, %", "less {baseline}", "training, s", "at each seed", "validation, %", "parameters"),
+    "steps",
 )
 CONFIDENCE = 0.95
 
@@ -219,11 +219,11 @@ def table(group: str, results: Lines, speeds: Speeds) -> str:
             f"{len(done)}" + (f" ({failed} failed)" if failed else ""),
             spread(list(accuracies[key].values()), ".2f"),
             interval(differences),
+            seconds(row, int(done[0]["steps"]), speeds) if done else "",
             each(differences),
             spread([float(line["top1"]) for line in done], ".2f"),
             f"{int(done[0]['parameters']):,}" if done else "",
             done[0]["steps"] if done else "",
-            seconds(row, int(done[0]["steps"]), speeds) if done else "",
         ]
         lines.append(cells)
     columns = [i for i, name in enumerate(HEADER) if i == 0 or any(cells[i] for cells in lines)]
