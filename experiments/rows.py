@@ -54,6 +54,7 @@ class Row:
         data: What `data.write` knows the images by.
         options: Arguments of the script beside seed, data and output.
         start: Identifier of the row whose weights it starts from.
+        made_for: Side of the images that its kernels were made for, if they were moved to others.
     """
 
     group: str
@@ -62,6 +63,7 @@ class Row:
     data: str
     options: tuple[str, ...]
     start: Optional[str] = None
+    made_for: Optional[int] = None
 
     @property
     def identifier(self) -> str:
@@ -77,7 +79,8 @@ class Row:
     def spec(self) -> str:
         """The model as ``benchmark_throughput.py`` takes it."""
         args = self.arguments
-        return ":".join([args.model, *(f"{key}={value}" for key, value in args.model_kwargs.items())])
+        moved = {"kernel_img_size": self.made_for} if self.made_for else {}
+        return ":".join([args.model, *(f"{key}={value}" for key, value in {**args.model_kwargs, **moved}.items())])
 
 
 def model(spec: tuple[str, tuple[str, ...]], shape: tuple[str, ...] = SHAPE, *more: str) -> tuple[str, ...]:
@@ -155,7 +158,9 @@ def drawing_row(group: str, first: Row, side: int, epochs: int) -> Row:
     recipe = f"--img-size {side} --global-batch 64 --epochs {epochs} --lr 1e-3 --warmup-epochs 0.5"
     recipe += " --scale 0.99 1 --crop-pct 1 --smoothing 0"
     options = (*model(MODELS[first.name], DRAWING_SHAPE), *RECIPE, *recipe.split())
-    return Row(group, first.name, first.seed, f"drawings-{side}", options, first.identifier)
+    moved = first.name != "ConvNeXt" and side != first.arguments.img_size
+    made_for = first.arguments.img_size if moved else None
+    return Row(group, first.name, first.seed, f"drawings-{side}", options, first.identifier, made_for)
 
 
 # What becomes of the kernels of a model that goes on at another size of images.

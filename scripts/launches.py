@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images (default: %(default)s)")
     args = parser.parse_args()
     ours, batch = f"mrconvnext_{args.size}", args.batch_size
-    print("| | operations | launches | ratio | GB | ratio |\n| --- | --- | --- | --- | --- | --- |")
+    print("| | engine | launches | ratio | GB | ratio |\n| --- | --- | --- | --- | --- | --- |")
     for label, measure, variants in (
         ("training step", training_step, [{}, *({"branch_norm": norm} for norm in mrconvnext.norms.NORMS)]),
         ("deployed", forward_pass, [{"inference_mode": True}]),

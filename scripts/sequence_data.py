@@ -99,7 +99,9 @@ def listops_section(examples: list[tuple[list[str], int]]) -> str:
         ("values", "", shares(values)),
     ]
     text = "## ListOps\n\n" + table(("", "published", f"{len(examples):,} generated"), rows)
-    return text + "\nLong expressions are kept alone, and so those of more arguments more often than they are drawn.\n"
+    return (
+        text + "\nOnly long expressions are kept, so those with more arguments are more frequent than they are drawn.\n"
+    )
 
 
 def count_nodes(tokens: list[str], operators: Counter[str], arguments: Counter[int], depths: Counter[int]) -> None:

@@ -389,6 +389,20 @@ def test_readme_has_the_command_of_its_table_and_how_long_it_takes() -> None:
     assert tuple(run.parse_args(asked).groups) == report.IN_README
 
 
+@pytest.mark.parametrize("group", ["main", "drawings 32", "drawings 64, 2 passes"])
+def test_what_was_timed_is_what_was_trained(group: str) -> None:
+    published = DOCS / "results"
+    parameters = {line["identifier"]: int(line["parameters"]) for line in report.read_lines(published / "results.csv")}
+    classes, features = (10, 96) if group == "main" else (2, 128)
+    for (own, _), row in report.first_rows().items():
+        side = row.arguments.img_size
+        if own == group:
+            timed = report.read_lines(published / "speed" / f"training-{side}" / "benchmark.csv")
+            found = {int(line["parameters"]) for line in timed if line["model"] == row.spec}
+            # Speeds are taken with a classifier of 1,000 classes.
+            assert found == {parameters[row.identifier] + (1000 - classes) * (features + 1)}
+
+
 def test_readme_compares_five_seeds() -> None:
     accuracies = report.accuracies_of(report.read_lines(DOCS / "results" / "results.csv"))
     for group in report.IN_README:
