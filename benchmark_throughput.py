@@ -19,6 +19,7 @@ near zero.
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import sys
@@ -76,6 +77,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.command = [__file__, *argv]
     args.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    if not args.measure and importlib.util.find_spec("matplotlib") is None:
+        parser.error('the plots need matplotlib: pip install "mrconvnext[bench]"')
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no CUDA device")
     if args.grad_checkpointing and not args.train:

@@ -2,38 +2,36 @@
 
 import argparse
 import copy
-import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from timm.data import create_reader, create_transform, resolve_data_config
-from timm.models.convnext import ConvNeXt
 from timm.utils import ParseKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, Grayscale
 
-from .convert import options_of_file, without_branches
+from .convert import without_branches
 from .flops import count_flops
 from .hub import (
     HTTP_ERROR,
     LIMIT,
-    check_name,
     form_of,
     is_deployed,
     parity,
     push_to_hub,
     random_images,
-    read_config,
     save,
 )
 from .mrconv import MRConv2d
-from .mrconvnext import MRConvNeXt, from_convnext
+from .mrconvnext import MRConvNeXt
+from .source import SOURCE, load
 from .training.arguments import natural, positive
 from .training.datasets import class_folders, classes_of, has_split, with_classes
 from .training.errors import UserError
@@ -42,18 +40,6 @@ from .training.loaders import EvalBatches
 from .training.precision import Precision
 from .training.processes import Processes
 from .training.samples import FORMATS, Samples, UnreadableFiles, as_rgb
-
-SOURCE = """
-SOURCE is a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME, one of timm's names with or without tag
-(mrconvnext_tiny.convnext_fb_in1k, convnext_tiny.fb_in1k), or a checkpoint file with --model. A ConvNeXt is taken as an
-MRConvNeXt whose branches have α = 0.
-"""
-
-# What an error says that SOURCE may be.
-ALLOWED = "a folder that mrconvnext.save wrote, hf-hub:ORGANISATION/NAME or one of timm's names of a ConvNeXt"
-
-# Files that stand for their folder.
-WRITTEN = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     own = command("evaluate", evaluate, "print loss and accuracy on images in class folders")
     own.add_argument("--data-dir", metavar="FOLDER", type=Path, required=True, help="folder of splits, or of classes")
-    own.add_argument("--split", default="validation", help="(default: %(default)s)")
+    own.add_argument("--split", help="which of the folder's splits (default: validation, or all images without splits)")
     own.add_argument("--batch-size", "-b", type=positive, default=32, help="images at once (default: %(default)s)")
     own.add_argument("--workers", "-j", type=natural, default=2, help="processes that read images (default: 2)")
 
@@ -134,78 +120,6 @@ def make_parser() -> argparse.ArgumentParser:
 
     command("info", info, "print a checkpoint's form, kernels, grid, parameters and GFLOPs")
     return parser
-
-
-def load(args: argparse.Namespace) -> MRConvNeXt:
-    """Returns the MRConvNeXt that a command's SOURCE stands for, in eval mode."""
-    path = Path(args.source)
-    name, options = args.source, dict(args.model_kwargs)
-    if path.is_file() and args.model is None and path.name in WRITTEN and path.with_name("config.json").is_file():
-        path = path.parent
-    if path.is_file():
-        if args.model is None:
-            raise ValueError(
-                f"{path} is a file: if it is a checkpoint, say with --model what it is of, such as --model "
-                f"mrconvnext_tiny, else give {ALLOWED}"
-            )
-        name = args.model
-        check_name(name)
-        found = options_of_file(path)
-        overlay = {"file": str(path), "num_classes": found["num_classes"]}
-        options = {**found, **options, "pretrained_cfg_overlay": overlay}
-    elif path.is_dir():
-        check_folder(path)
-        name = f"local-dir:{path}"
-    elif args.source.startswith("local-dir:"):
-        check_folder(Path(args.source.removeprefix("local-dir:")))
-    elif not args.source.startswith("hf-hub:"):
-        check_source(args.source)
-    try:
-        model: Any = timm.create_model(name, pretrained=True, **options)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError) as error:  # timm trusts a config.json
-        raise ValueError(f"{args.source}: timm can't make the model: {type(error).__name__}: {error}") from error
-    if type(model) is ConvNeXt:
-        cfg: Any = model.pretrained_cfg
-        started_from = cfg.get("hf_hub_id")
-        model = from_convnext(model)
-        model.started_from = started_from
-    if not isinstance(model, MRConvNeXt):
-        raise TypeError(f"{args.source} must be an MRConvNeXt or a ConvNeXt, got {type(model).__name__}")
-    return model.eval()
-
-
-def check_source(name: str) -> None:
-    """Raises an error if a name is not one of timm's, or of another of its networks, before anything is downloaded."""
-    try:
-        check_name(name, also="a file or folder, nor ")
-    except ValueError as error:
-        raise ValueError(f"{error}; give {ALLOWED}") from error
-    module = timm.models.model_entrypoint(name.partition(".")[0]).__module__
-    if module.startswith("timm.models.") and module != "timm.models.convnext":
-        raise TypeError(f"{name} is not an MRConvNeXt or a ConvNeXt: give {ALLOWED}")
-
-
-def check_folder(folder: Path) -> None:
-    """Raises a ValueError if a folder does not hold a model of images, which says more than timm's errors."""
-    if is_of_sequences(folder) or is_of_sequences(folder / "trained"):
-        raise ValueError(f"{folder} holds an MRConvSequence, a model of sequences: give {ALLOWED}")
-    if (folder / "args.yaml").is_file():
-        if (folder / "trained").is_dir():
-            raise ValueError(
-                f"{folder} is the folder of a training run: give {folder / 'fused'} or {folder / 'trained'}"
-            )
-        raise ValueError(f"{folder} is the folder of a training run: give {folder / 'best.safetensors'} and --model")
-    if not read_config(folder):
-        raise ValueError(f"{folder} holds no config.json: give {ALLOWED}")
-
-
-def is_of_sequences(folder: Path) -> bool:
-    """Returns whether a folder is one that MRConvSequence.save_pretrained wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" not in config and {"vocabulary", "pooling"} <= config.keys()
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -240,8 +154,8 @@ def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
     for file in image_files(folder):
         try:
             images.append(as_taken(model, Path(file)))
-        except (OSError, ValueError) as error:
-            errors.append(f"{file}: {error}")
+        except ValueError as error:
+            errors.append(str(error))
         if len(images) == count:
             break
     if not images:
@@ -252,11 +166,19 @@ def real_images(model: MRConvNeXt, folder: str, count: int) -> Tensor:
 
 
 def as_taken(model: MRConvNeXt, file: Path) -> Tensor:
-    """Returns an image of a file (C, H, W) as the model takes it in evaluation."""
-    with Image.open(file, formats=FORMATS) as image:
-        own = as_rgb(image)
-    own = own.convert("L") if model.stem[0].in_channels == 1 else own
-    return create_transform(**resolve_data_config(model=model))(own)
+    """Returns an image of a file (C, H, W) as the model takes it in evaluation; a ValueError if it is broken."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            own = as_rgb(image)
+    except Exception as error:  # Pillow's readers raise whatever damaged files make them raise
+        raise ValueError(f"{file} can't be read ({error})") from error
+    return transform_of(model)(own)
+
+
+def transform_of(model: MRConvNeXt) -> Callable[[Image.Image], Tensor]:
+    """Returns what makes of an image in RGB what a model takes in evaluation."""
+    own = create_transform(**resolve_data_config(model=model))
+    return Compose([Grayscale(), own]) if model.stem[0].in_channels == 1 else own
 
 
 def image_files(folder: str) -> list[str]:
@@ -299,15 +221,14 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load(args)
     if not args.data_dir.is_dir():
         raise ValueError(f"--data-dir {args.data_dir} is not a folder")
-    split = args.split if has_split(args.data_dir, args.split) else ""
-    dataset = with_classes(class_folders(args.data_dir, split), args.data_dir)
+    dataset = with_classes(class_folders(args.data_dir, split_of(args)), args.data_dir)
     names, known = classes_of(dataset), model.pretrained_cfg.get("label_names")
     if names is None or len(names) != model.num_classes or (known and list(known) != names):
         raise ValueError(
             f"--data-dir {args.data_dir} has the classes {', '.join(names or ['none'])}, and the model "
             f"{', '.join(known or [str(model.num_classes)])}"
         )
-    samples = Samples(dataset, create_transform(**resolve_data_config(model=model)), seed=0, train=False)
+    samples = Samples(dataset, transform_of(model), seed=0, train=False)
     batches = EvalBatches(len(samples), args.batch_size, rank=0, processes=1)
     loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -316,6 +237,16 @@ def evaluate(args: argparse.Namespace) -> int:
     found = evaluated(precision.model(model), loader, precision, Processes(0, 1, device), unreadable)
     print(f"{len(samples)} images of {args.data_dir}: " + ", ".join(f"{name} {own:.6g}" for name, own in found.items()))
     return 0
+
+
+def split_of(args: argparse.Namespace) -> str:
+    """Returns which split of --data-dir is evaluated on, an empty name if it has none."""
+    if args.split is not None:
+        return args.split
+    found = [split for split in ("train", "validation", "test") if has_split(args.data_dir, split)]
+    if found and "validation" not in found:
+        raise ValueError(f"--data-dir {args.data_dir} has no validation split: give --split {' or '.join(found)}")
+    return "validation" if found else ""
 
 
 def to_onnx(args: argparse.Namespace) -> int:

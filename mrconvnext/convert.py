@@ -156,7 +156,7 @@ def on_grids_of(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         height, width, guard = found.tolist()
         taps = state_dict.get(f"{name}.local_taps", state_dict.get(f"{name}.weight"))
         if layer.kernel_size != (0 if taps is None else taps.shape[-1]) or guard not in (layer.local_reach, width - 1):
-            continue  # of other taps, or deployed before version 0.1, which the layer refuses
+            continue  # of other taps, which the layer refuses
         made_for = tuple(state_dict.get(f"{name}.kernel_grid", found[:2]).tolist())
         if made_for != layer.made_for:
             layer.make_for(made_for)
@@ -227,9 +227,9 @@ def without_branches(model: nn.Module) -> ConvNeXt:
 
 
 def local_taps_of(layer: MRConv2d) -> Optional[Tensor]:
-    """Returns a layer's local taps (C, 1, k, k) in either form; None if it has none, or deployed before version 0.1."""
+    """Returns a layer's local taps (C, 1, k, k) in either form; None if it has none."""
     taps = layer.weight if layer.kernel is None else layer.local_taps
-    return None if taps is None or taps.isnan().any() else taps.detach().clone()
+    return None if taps is None else taps.detach().clone()
 
 
 def _local_convolution(layer: MRConv2d) -> nn.Conv2d:
@@ -263,7 +263,6 @@ def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> None:
         [name for name in a if name not in b and not name.startswith(free)]
         for a, b in ((own, state_dict), (state_dict, own))
     )
-    missing = [name for name in missing if not name.endswith(".local_taps")]  # which were not kept before version 0.1
     of_any_shape = ("head.fc.", "stem.0.weight", *(f"{name}." for name in layers))
     reshaped = [
         f"{name} {tuple(given.shape)} instead of {tuple(own[name].shape)}"

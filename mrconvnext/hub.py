@@ -122,6 +122,8 @@ def push_to_hub(
 ) -> str:
     """Uploads a model to the Hub, from where ``timm.create_model("hf-hub:REPO_ID", pretrained=True)`` takes it.
 
+    Its weights, config and card take the place of those that the repository has.
+
     Args:
         model: See `save`, as for ``metrics`` and ``model_args``.
         repo_id: Repository, ``organisation/name``; made if it is not there.
@@ -333,7 +335,7 @@ def _write(
             f"timm can't make the model again from its architecture {exported.pretrained_cfg['architecture']} and "
             f"model_args={arguments}; give what is missing as model_args. {error}"
         ) from error
-    images = random_images(exported) if images is None else images
+    images = random_images(exported) if images is None else images.detach().float().cpu()
     found = parity(copy.deepcopy(model).float().cpu().eval(), again, images)
     if not found.within(limit):
         raise ValueError(

@@ -123,13 +123,6 @@ def long_conv_reference(u: Tensor, kernel: Tensor) -> Tensor:
     return (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
 
 
-def crop_lags(kernel: Tensor, length: int) -> Tensor:
-    """Returns a two-sided kernel without the lags that a sequence of ``length`` has no two positions for."""
-    reach = kernel.shape[-1] // 2
-    keep = min(reach, length - 1)
-    return kernel[..., reach - keep : reach + keep + 1]
-
-
 @torch.fx.wrap
 def branch_energies(kernels: Tensor, correlation: Tensor) -> Tensor:
     """Returns Σ_b Σ_t (kernel * v[b])[t]² over the full convolution with every kernel, without convolving.

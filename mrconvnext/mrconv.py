@@ -232,7 +232,7 @@ class MRConv1d(LongConvolution):
     def resample(self, factor: float) -> None:
         """Moves the kernels to sequences that are sampled ``factor`` times as densely, in place; see `set_grid`.
 
-        The reference length is rounded to whole positions.
+        The reference length is rounded up to whole positions.
 
         Args:
             factor: The new sampling rate over the old one; the reference length is multiplied by it.
@@ -242,4 +242,5 @@ class MRConv1d(LongConvolution):
         """
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(f"factor must be a finite number above 0, got {factor!r}")
-        self.set_grid((max(1, round(factor * self.reference_grid[0])), 1))
+        length = math.ceil(round(factor * self.reference_grid[0], 6))  # but not for the sake of rounding errors
+        self.set_grid((max(1, length), 1))

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.layers import is_exportable, to_2tuple, to_ntuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_args,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -283,7 +289,7 @@ def from_convnext(
             conv: Any = model.get_submodule(name)
             layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
-    given = getattr(model, "_model_args", {})  # of create_model, if that made it
+    given = get_model_args(model)
     converted.model_args.update({name: value for name, value in given.items() if name not in NOT_SAVED})
     cfg = getattr(model, "pretrained_cfg", None) or _cfg_of_unknown(model)
     name = f"mr{cfg.get('architecture')}"

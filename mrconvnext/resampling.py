@@ -211,11 +211,6 @@ class OnGrid:
             self._move_deployed(sides)
 
     def _move_deployed(self, grid: tuple[int, int]) -> None:
-        if self.local_taps is not None and not self.local_taps.is_meta and self.local_taps.isnan().any():
-            raise ValueError(
-                "the layer was deployed before version 0.1, without the local taps that are in its kernel: move "
-                "its training form, and deploy that"
-            )
         if self.is_resampled:
             say_that_moves_add_up()
         old, new = (*self.reference_grid, self.guard), (*grid, self._guard_on(grid))

@@ -115,8 +115,6 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
             zeros = layer.alpha.new_zeros
             taps = None if layer.weight is None else torch.zeros_like(layer.weight)
             layer.build_deployed(zeros(state_dict[prefix + "kernel"].shape), zeros(layer.channels), taps)
-        if layer.local_taps is not None:  # what was deployed before version 0.1 lacks them
-            state_dict.setdefault(prefix + "local_taps", torch.full_like(layer.local_taps, float("nan")))
     elif layer.kernel is None:
         _check_lags(layer, state_dict, prefix)
         if _is_of_a_convolution(layer, state_dict, prefix):
@@ -125,7 +123,6 @@ def take_form(layer: Any, state_dict: dict[str, Any], prefix: str, local_metadat
     elif any(name.startswith(prefix) for name in state_dict):
         deployed = (layer.kernel.detach(), layer.bias.detach(), layer.local_taps)
         requires_grad = layer.kernel.requires_grad
-        layer.drop("alpha", "kernel", "bias", "local_taps")
         layer.build_branches(deployed[0].device, deployed[0].dtype)
         layer.train(layer.training).requires_grad_(requires_grad)
         try:
@@ -175,11 +172,6 @@ def check_reference(layer: Any, state_dict: dict[str, Any], prefix: str) -> None
 
     Or if its weights are no floating-point numbers, of which PyTorch would take integers and booleans as well.
     """
-    if any(name.startswith((f"{prefix}branches.", f"{prefix}norms.")) for name in state_dict):
-        raise RuntimeError(
-            f"{prefix}branches: these weights have the parameter names of mrconvnext 0.1, which this version can't "
-            "read in training form. Deploy them with that version (model.reparameterize()): deployed weights load."
-        )
     own = {"format": [FORMAT], "grid": [*layer.reference_grid, layer.guard], "lengths": layer.branch_lengths}
     found = {name: state_dict[prefix + name] for name in ENTRIES if prefix + name in state_dict}
     if "grid" in found:

@@ -55,6 +55,29 @@ def test_a_convnext_of_the_hub_becomes_a_model(hub: Hub, tmp_path: Path) -> None
     assert torch.equal(logits(f"local-dir:{tmp_path}/a"), logits(f"local-dir:{tmp_path}/b"))
 
 
+def test_a_convnexts_name_takes_our_options_and_its_own_size(hub: Hub, capsys: pytest.CaptureFixture) -> None:
+    for name in ("convnext_atto.d2_in1k", "convnextv2_base.fcmae_ft_in22k_in1k_384"):
+        convnext = timm.create_model(name.partition(".")[0], num_classes=1000)
+        hub.add(f"timm/{name}", {"model.safetensors": as_safetensors(convnext.state_dict())})
+    assert run("info", "convnext_atto.d2_in1k", "-k", "kernel=sparse", "img_size=96") == 0
+    assert "grid 24×24" in (out := capsys.readouterr().out) and "sparse kernels" in out
+    assert run("info", "convnextv2_base.fcmae_ft_in22k_in1k_384") == 0
+    assert "grid 96×96" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_evaluate_takes_the_images_that_training_took(in_chans: int, tmp_path: Path, capsys) -> None:
+    mrconvnext.save(small_model(in_chans=in_chans, num_classes=2), tmp_path / "saved")
+    for name in ("validation/a", "validation/b", "train/a", "train/b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(1 if name.startswith("validation") else 3):
+            Image.effect_noise((80, 70), 60).save(tmp_path / "data" / name / f"{i}.png")
+    capsys.readouterr()
+    for words, images in (([], 2), (["--split", "train"], 6)):
+        assert run("evaluate", tmp_path / "saved", "--data-dir", tmp_path / "data", "--workers", 0, *words) == 0
+        assert capsys.readouterr().out.startswith(f"{images} images of ")
+
+
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_fuse(in_chans: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     mrconvnext.save(small_model(in_chans=in_chans), tmp_path / "trained")
@@ -207,6 +230,11 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["plot", "saved", "--output", "text.txt"], ["--output text.txt is not a folder"]),
         (["plot", "saved", "--output", "out", "--images", "broken"], ["--images broken", "0.jpg"]),
         (["evaluate", "saved", "--data-dir", "pictures"], ["--data-dir pictures", "no folders of classes"]),
+        (["evaluate", "saved", "--data-dir", "split"], ["--data-dir split has no validation split", "train or test"]),
+        (["evaluate", "saved", "--data-dir", "split", "--split", "tets"], ["split", "'tets'"]),
+        (["classify", "saved", "pictures/0.png", "broken/0.jpg"], ["broken/0.jpg can't be read"]),
+        (["classify", "saved", "huge.png"], ["huge.png can't be read", "decompression bomb"]),
+        (["info", "saved", "--model", "mrconvnext_atto"], ["--model mrconvnext_atto", "saved is not a file"]),
         (["info", "text.pth", "--model", "mrconvnext_atto"], ["text.pth"]),
         (["info", "text.safetensors", "--model", "mrconvnext_atto"], ["text.safetensors"]),
         (["convert", "code.pth", "out", "--model", "mrconvnext_atto"], ["weights_only"]),
@@ -230,6 +258,11 @@ def test_errors_are_one_message(
     Path("pictures").mkdir()
     Image.new("RGB", (64, 64)).save("pictures/0.png")
     Image.new("RGB", (64, 64)).save("pictures/0.jpg")
+    for name in ("split/train/a", "split/test/a"):
+        Path(name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(f"{name}/0.png")
+    Image.new("L", (128, 128)).save("huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     sequences = mrconvnext.MRConvSequence(2, length=8, channels=1, dim=4, depth=1)
     for name in ("sequences", "sequence-run/trained"):
         sequences.save_pretrained(name)

@@ -1,7 +1,9 @@
 """The images of a run: where they come from, in which batches, and what becomes of those that can't be read."""
 
 import gc
+import io
 import logging
+import pickle
 import random
 import shutil
 from collections import Counter
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import ALONE, MODEL, Process, evaluated, main, pack, write_images, write_shards
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
 from torch import nn
 
 from mrconvnext.training.arguments import parse_args
@@ -19,6 +24,7 @@ from mrconvnext.training.errors import UserError
 from mrconvnext.training.evaluation import evaluate
 from mrconvnext.training.loaders import EvalBatches, TrainBatches
 from mrconvnext.training.precision import Precision
+from mrconvnext.training.recipes import choices
 from mrconvnext.training.samples import NO_TARGET, Redrawn, Samples, UnreadableFiles
 
 RUN = [*MODEL, "--global-batch", "10", "--epochs", "1", "--model-ema-decay", "0"]
@@ -62,6 +68,36 @@ def test_images_of_class_folders(kind: str, data: Path) -> None:
         samples = Samples(split, lambda image: image.size, seed=0, train=False)
         sizes, targets, unreadable = zip(*(samples[0, i] for i in range(15)))
         assert Counter(targets) == {0: 5, 1: 5, 2: 5} and set(sizes) == {(32, 32)} and set(unreadable) == {""}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("left_open")
+def test_a_tar_file_is_not_open_before_workers_read_it(data: Path) -> None:
+    pack(data)
+    own = open_data(parse_args(["--data-dir", str(data), "--output", "x"]))
+    choices("small", own, {})
+    pickle.dumps(own.train)  # which an open file would refuse
+
+
+class Rows(Reader):
+    """Images in memory, as those of Hugging Face's data sets that have no files."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(file, format="png")
+        file.seek(0)
+        return file, index
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> None:
+        return None
+
+
+def test_images_without_files() -> None:
+    samples = Samples(ImageDataset("", reader=Rows()), lambda image: image.size, seed=0, train=False)
+    assert [samples[0, i] for i in range(3)] == [((32, 32), i, "") for i in range(3)]
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

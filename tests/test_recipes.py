@@ -57,6 +57,13 @@ def test_the_recipe_follows_weights_and_images(words: str, count: int, recipe: s
     assert 1 / (1 - args.model_ema_decay) < steps / 4
 
 
+@pytest.mark.parametrize("name", ["mrconvnextv2_atto", "convnextv2_atto", "resnet18"])
+def test_models_without_layer_scales_get_none(name: str, caplog) -> None:
+    assert settled(f"--recipe small --model {name}", 600, caplog).ls_init is None
+    settled(f"--recipe imagenet --model {name} --global-batch 64 --lr 1 --no-lr-scaling --warmup-epochs 1", 600, caplog)
+    assert "--ls-init" not in caplog.text
+
+
 def test_what_is_given_stays(caplog) -> None:
     args = settled("--recipe small --epochs 7 --aa rand-m9 --img-size 96 --lr 4e-3", 600, caplog)
     assert (args.epochs, args.aa, args.img_size, args.lr, args.no_lr_scaling) == (7, "rand-m9", 96, 4e-3, True)

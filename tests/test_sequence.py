@@ -201,6 +201,13 @@ def test_resampled_kernels_follow_the_rate() -> None:
     assert errors[0] < 0.1 * errors[1]
 
 
+@pytest.mark.parametrize("rate", [2, 3, 6, 7, 30])
+def test_every_so_many_positions_of_a_sequence_fit_a_resampled_model(rate: int) -> None:
+    x = torch.randn(1, 100, 1)[:, ::rate]
+    model = model_of(channels=1, length=100).resample(1 / rate)
+    assert model.length == x.shape[1] and model(x).isfinite().all()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_resampled_model_travels(fused: bool, tmp_path: Path) -> None:
     model = model_of(channels=1, kernel="fourier", bidirectional=True).resample(0.5)

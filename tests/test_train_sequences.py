@@ -216,6 +216,7 @@ def test_bad_arguments_are_one_line(
         ("--task oak --data-dir x --output y", "invalid choice: 'oak'"),
         ("--task listops --method oak --data-dir x --output y", "invalid choice: 'oak'"),
         ("--output y --evaluate", "--output y does not hold a run"),
+        ("--task tones --data-dir x --output y --rate 4 --test-rate 2 --keep-kernels", "longer than the kernels"),
         (
             "--task listops --data-dir x --output y --options oak=1",
             "--options oak: --method fourier_sparse has the options",

@@ -254,40 +254,14 @@ def test_a_model_made_on_the_meta_device_takes_weights(branch_norm: str, deploye
         assert torch.equal(model(images()), source(images()))
 
 
-def test_the_first_versions_weights() -> None:
-    """Training forms are refused in plain words; deployed ones load: they had no format, and no alpha."""
-    layer = fresh_layer()
-    old = {"alpha": layer.alpha, "branches.0.causal.values": torch.zeros(3, 16), "norms.0.weight": torch.ones(3)}
-    for target in (fresh_layer(), fresh_layer(deployed=True)):
-        for strict in (True, False):
-            with pytest.raises(RuntimeError, match=r"branches.*mrconvnext 0\.1.*reparameterize"):
-                target.load_state_dict(state_dict=old, strict=strict)
-    deployed = fresh_layer(deployed=True)
-    nn.init.normal_(deployed.kernel)
-    state = {name: value for name, value in deployed.state_dict().items() if name in ("kernel", "bias", "grid")}
-    for target in (fresh_layer(), fresh_layer(deployed=True)):
-        target.load_state_dict(state)
-        assert torch.equal(target.kernel, deployed.kernel)
-        with pytest.raises(ValueError, match="local taps"):
-            target.set_grid((20, 20))
-
-
-def test_a_model_deployed_without_its_taps_loads() -> None:
+def test_a_model_deployed_without_its_taps_is_refused() -> None:
     model = small_model().reparameterize()
     old = {name: x for name, x in model.state_dict().items() if not name.endswith("local_taps")}
     overlay = dict(state_dict=old, num_classes=10)
-    again = timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL).eval()
-    assert torch.equal(again(images()), model(images()))
-
-
-def test_the_first_versions_model_is_refused() -> None:
-    model = model_in("parseval")
-    old = {name.replace("kernels.values", "branches.0.causal.values"): x for name, x in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"conv_dw\.branches.*mrconvnext 0\.1"):
-        model.load_state_dict(state_dict=old, strict=False)
-    overlay = dict(state_dict=old, num_classes=10)
-    with pytest.raises(RuntimeError, match=r"conv_dw\.branches.*mrconvnext 0\.1"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*local_taps"):
         timm.create_model("mrconvnext_atto", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    with pytest.raises(RuntimeError, match=r"Missing key.*local_taps"):
+        model.load_state_dict(state_dict=old)
 
 
 def one_twice(lags: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 import mrconvnext
 
 from .environment import processor, versions
-from .plots import plot_accuracy, plot_throughput, plot_time_per_pixel
 from .rows import Row, reference_of
 
 # The columns on the screen; the files have more.
@@ -99,6 +98,8 @@ def save_plots(table: list[dict[str, Any]], args: argparse.Namespace) -> None:
     lines = [line for line in table if line["ms"] is not None]
     if not lines:
         return
+    from .plots import plot_accuracy, plot_throughput, plot_time_per_pixel  # matplotlib is not needed for the rest
+
     plot_throughput(lines).savefig(args.output / "throughput.png", dpi=120)
     if len(args.img_sizes) > 1:
         plot_time_per_pixel(lines).savefig(args.output / "time_per_pixel.png", dpi=120)

@@ -3,6 +3,7 @@
 Nothing of weights or images is kept between calls: tables depend on sizes alone.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -132,9 +133,11 @@ def _untwist(n: int, device: torch.device) -> Tensor:
 
 
 def launch(name: str, programs: int, plan: Plan, *args: Any, **options: Any) -> None:
-    """Has a GPU run a function of `triton_kernels`, as so many programs."""
+    """Has the GPU that holds the plan run a function of `triton_kernels`, as so many programs."""
     sizes = {"N1": plan.n1, "N2": plan.n2, "CB": plan.channels}
-    getattr(kernels(), name)[(programs,)](*args, **sizes, **options, num_warps=8, num_stages=1)
+    device = plan.tables.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        getattr(kernels(), name)[(programs,)](*args, **sizes, **options, num_warps=8, num_stages=1)
 
 
 def _chunks(x: Tensor, plan: Plan) -> tuple[int, int]:

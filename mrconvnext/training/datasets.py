@@ -174,7 +174,7 @@ def part_of(dataset: ImageDataset, seed: int, train: bool) -> ImageDataset:
 def _no_images_said(folder: Optional[Path], split: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, AssertionError, ImportError, FileNotFoundError) as error:
+    except (RuntimeError, AssertionError, ImportError, FileNotFoundError, ValueError) as error:
         found = f"no {split} images" if split else "no images"
         raise UserError(f"{found} in --data-dir {folder}: {error}") from error
 

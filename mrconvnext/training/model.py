@@ -42,6 +42,12 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
         "ls_init_value": args.ls_init,
         **args.model_kwargs,
     }
+    if options.get("in_chans", 3) != 3:
+        raise UserError(f"--model-kwargs in_chans={options['in_chans']}: images are read in colour, of 3 channels")
+    if args.sync_norm and options.get("branch_norm", "parseval") != "parseval":
+        raise UserError(
+            f"--sync-norm takes branch_norm=parseval, got --model-kwargs branch_norm={options['branch_norm']}"
+        )
     if args.sync_norm:
         options |= {"branch_norm": "parseval", "sync_norm": True}
     is_ours = timm.models.is_model_in_modules(args.model, ["mrconvnext"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..tasks.errors import DataError
 from .errors import UserError
 from .files import locked
 from .output import write_arguments
@@ -32,7 +33,7 @@ def launch(
             if processes.rank != 0:
                 logging.disable(logging.INFO)
             return (evaluate if args.evaluate else train)(args, processes)
-    except (UserError, OSError) as error:
+    except (DataError, UserError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]  # the error of a worker comes with its traceback
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {reason}\n")
         return 2

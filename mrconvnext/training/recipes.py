@@ -1,6 +1,7 @@
 """What a run does unless it is told: by the weights that it starts from and the number of its images."""
 
 import argparse
+import copy
 import logging
 import math
 import statistics
@@ -51,8 +52,8 @@ def settle(args: argparse.Namespace, data: Data) -> None:
     args.recipe = args.recipe or ("finetune" if started else "small" if images < MANY else "imagenet")
     given = {name: getattr(args, name) for name in args.given}
     chosen = {name: own for name, own in choices(args.recipe, data, given).items() if name not in given}
-    if not is_model_in_modules(args.model, ["convnext", "mrconvnext"]):
-        chosen.pop("ls_init", None)  # which others have not, or not by this name
+    if not has_layer_scales(args.model):
+        chosen.pop("ls_init", None)
     vars(args).update(chosen)
     words = ", ".join(f"--{name.replace('_', '-')} {_as_words(own)}".strip() for name, own in sorted(chosen.items()))
     _logger.info(f"recipe {args.recipe} for {images} images{': ' if words else ''}{words}")
@@ -63,6 +64,11 @@ def settle(args: argparse.Namespace, data: Data) -> None:
         )
     for line in doubts(args, images):
         _logger.warning(line)
+
+
+def has_layer_scales(name: str) -> bool:
+    """Returns whether a model has layer scales that ``--ls-init`` sets; ConvNeXt V2 has none."""
+    return is_model_in_modules(name, ["convnext", "mrconvnext"]) and "convnextv2" not in name
 
 
 def choices(recipe: str, data: Data, given: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,8 @@ def choices(recipe: str, data: Data, given: dict[str, Any]) -> dict[str, Any]:
 
 def side_for(images: SizedDataset) -> int:
     """Returns the side that images have, about, in steps of 32 pixels, from 64 to `LARGE`: more would cost more."""
-    samples = Samples(images, transform=lambda image: image.size, seed=0, train=True)
+    # Of a copy: an opened tar file can't be shared with the processes that read it later.
+    samples = Samples(copy.deepcopy(images), transform=lambda image: image.size, seed=0, train=True)
     sides = [min(samples[0, i].image) for i in range(0, len(images), max(1, len(images) // 50))]
     return min(max(32 * math.ceil(statistics.median(sides) / 32), 64), LARGE)
 
@@ -107,7 +114,7 @@ def doubts(args: argparse.Namespace, images: int) -> list[str]:
             "gets to where it should be"
         )
     started = args.pretrained or args.finetune is not None
-    if not started and args.ls_init is None and steps < 5000 and "convnext" in args.model:
+    if not started and args.ls_init is None and steps < 5000 and has_layer_scales(args.model):
         found.append(f"{steps} steps hardly open layer scales that start at 1e-6: give --ls-init 0.1")
     rate = learning_rate(args)
     if not started and rate * steps < 0.02:

@@ -99,7 +99,8 @@ class Samples(Dataset):
 
     def _name(self, index: int) -> str:
         if isinstance(self.dataset, ImageDataset):
-            return self.dataset.filename(index, absolute=True)
+            if name := self.dataset.filename(index, absolute=True):  # Hugging Face's data sets need not have files
+                return name
         return f"number {index} of {type(self.dataset).__name__}"
 
 

@@ -72,6 +72,10 @@ def parse_args(argv: Optional[list[str]] = None, description: Optional[str] = No
             parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
     if TASKS[args.task].length < max(args.rate, args.test_rate or 1):
         parser.error(f"--rate and --test-rate must be at most the {TASKS[args.task].length} positions of the task")
+    if args.keep_kernels and (args.test_rate or args.rate) < args.rate:
+        parser.error(
+            f"--keep-kernels: sequences at --test-rate {args.test_rate} are longer than the kernels are made for"
+        )
     if "min_length" in own["options"]:
         own["options"]["min_length"] = min(own["options"]["min_length"], positions(args))
     args.options = {**own["options"], **args.options}
