@@ -234,9 +234,10 @@ def test_gradient_checkpointing_saves_memory(tmp_path: Path) -> None:
         timing.measure_apart(row, script.parse_arguments(arguments(tmp_path, *size, *options)))
         return row.memory_mib[0]
 
-    with ThreadPoolExecutor() as pool:  # each in a process of its own
-        usual, saving = pool.submit(peak_mib), pool.submit(peak_mib, "--grad-checkpointing")
-    assert saving.result() < 0.8 * usual.result()
+    with ThreadPoolExecutor() as pool:  # each in a process of its own; chance only adds to a peak
+        tries = {own: [pool.submit(peak_mib, *own) for _ in range(2)] for own in ((), ("--grad-checkpointing",))}
+    usual, saving = (min(one.result() for one in own) for own in tries.values())
+    assert saving < 0.8 * usual
 
 
 def test_autocast_and_channels_last(one_process: None, tmp_path: Path) -> None:
