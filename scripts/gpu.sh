@@ -13,17 +13,18 @@ device=${DEVICE:-cuda}
 cd "$(dirname "$0")/.."
 mkdir -p "$output"
 failed=0
+patience=1
 
 if [ -d wheels ]; then
     python -m pip install --quiet --no-index --no-deps wheels/*.whl
 fi
 
-# part NAME SECONDS COMMAND …: runs a command whose output goes into a file, for no longer than that
+# part NAME SECONDS COMMAND …: runs a command whose output goes into a file, for no longer than that on a GPU
 part() {
     local name=$1 seconds=$2 started=$SECONDS
     shift 2
     [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
-    timeout "$seconds" "$@" >"$output/$name.txt" 2>&1
+    timeout "$((patience * seconds))" "$@" >"$output/$name.txt" 2>&1
     local status=$?
     [ $status -eq 0 ] || failed=$((failed + 1))
     echo "$name: $((SECONDS - started)) s, exit status $status"
@@ -35,6 +36,7 @@ if [ "$device" = cuda ]; then
     train=(--batch-sizes 128 --rounds 2) deployed=(--batch-sizes 1 128) step=(--batch-size 128)
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$output/card.txt"
 else
+    patience=5 # of a CPU that is busy with other things
     tiny='depths=(1,1,1,1):dims=(8,8,8,8)'
     ours=mrconvnext_atto:$tiny convnext=convnext_atto:$tiny more=()
     sizes=(--img-sizes 32 --rounds 1)
